@@ -1,0 +1,73 @@
+"""What users can reach has a name in `__all__`, exists, and is documented."""
+
+import importlib
+import importlib.metadata
+import inspect
+import pkgutil
+
+import pytest
+
+import prunax
+
+MODULES = ["prunax"] + [
+    module.name
+    for module in pkgutil.walk_packages(prunax.__path__, "prunax.")
+    if not any(part.startswith("_") for part in module.name.split("."))
+]
+
+
+def exported() -> dict[str, object]:
+    """Dotted name -> object, for every name in a public module's `__all__`."""
+    found = {}
+    for name in MODULES:
+        module = importlib.import_module(name)
+        for entry in module.__all__:
+            found[f"{name}.{entry}"] = getattr(module, entry, None)
+    return found
+
+
+EXPORTED = exported()
+FUNCTIONS = {name: item for name, item in EXPORTED.items() if inspect.isfunction(item)}
+
+
+def own_docstring(item) -> str:
+    """The docstring; not the one a dataclass or a NamedTuple is given when it has none."""
+    text = inspect.getdoc(item) or ""
+    generated = inspect.isclass(item) and text.startswith(f"{item.__name__}(")
+    return "" if generated else text
+
+
+def test_root_names():
+    assert {"compute_masks", "apply_masks", "straight_through", "prune", "summarize"} <= set(
+        prunax.__all__
+    )
+
+
+def test_version_is_the_installed_one():
+    assert prunax.__version__ == importlib.metadata.version("prunax")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_module_is_documented(name):
+    assert importlib.import_module(name).__doc__
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_name_exists_and_is_documented(name):
+    item = EXPORTED[name]
+    assert item is not None, f"{name} is in __all__ and not in the module"
+    if inspect.ismodule(item) or callable(item):
+        assert own_docstring(item), f"{name} has no docstring"
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_function_docstring_sections(name):
+    signature = inspect.signature(FUNCTIONS[name])
+    wanted = ["Examples:"]
+    if signature.parameters:
+        wanted.append("Args:")
+    if signature.return_annotation not in (None, "None"):
+        wanted.append("Returns:")
+    text = own_docstring(FUNCTIONS[name])
+    missing = [section for section in wanted if f"{section}\n" not in text]
+    assert not missing, f"{name} lacks {missing}"
