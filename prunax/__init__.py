@@ -1,0 +1,30 @@
+"""prunax: a functional pruning toolkit for JAX.
+
+Pure functions map parameter pytrees to mask pytrees, and an optax transformation keeps pruned weights at zero:
+
+    params -> scores -> pools (allocation) -> masks (pattern + selection) -> apply / train (optax)
+"""
+
+from prunax import allocation, packing, patterns, schedules, scores, selection, transforms, trees
+from prunax.masks import apply_masks, compute_masks, straight_through
+from prunax.report import Summary, summarize
+from prunax.transforms import prune
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Summary",
+    "allocation",
+    "apply_masks",
+    "compute_masks",
+    "packing",
+    "patterns",
+    "prune",
+    "schedules",
+    "scores",
+    "selection",
+    "straight_through",
+    "summarize",
+    "transforms",
+    "trees",
+]

@@ -1,0 +1,241 @@
+"""Allocations: how an overall sparsity becomes pools of leaves with budgets.
+
+An allocation is a function ``allocation(leaves, sparsity) -> Allocation``. It sees what is static about each prunable
+leaf, and a sparsity that may be a number or traced, and says which leaves compete in one pool, how many units each pool
+loses, and whether scores are rescaled first. Any function with that signature will do.
+"""
+
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prunax import schedules, selection, trees
+
+__all__ = ["Allocation", "Leaf", "Pool", "by_path", "erdos_renyi", "global_ranking", "lamp", "uniform"]
+
+
+class Leaf(NamedTuple):
+    """What an allocation knows of a prunable leaf. All static.
+
+    Attributes:
+        path: ``encoder/0/kernel``.
+        shape: Shape of the leaf.
+        num_units: How many units (weights, blocks, channels) the pattern makes of it.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    num_units: int
+
+
+class Pool(NamedTuple):
+    """Leaves that compete for one budget.
+
+    Attributes:
+        leaves: Indices into the leaves given to the allocation.
+        sparsity: Fraction of the pool's units to prune: a number, or a traced float32 scalar.
+        num_pruned: Units to prune, an int or a `prunax.selection.Count`.
+    """
+
+    leaves: tuple[int, ...]
+    sparsity: Any
+    num_pruned: Any
+
+
+class Allocation(NamedTuple):
+    """Pools with budgets.
+
+    Attributes:
+        pools: Disjoint pools. Leaves in none of them are kept whole.
+        rescale: A function applied to the unit scores of each leaf before they are ranked, or None. It must be the same
+            object in every call, since it is a static argument of the compiled selection.
+    """
+
+    pools: tuple[Pool, ...]
+    rescale: Callable[[jax.Array], jax.Array] | None = None
+
+
+def uniform(leaves: Sequence[Leaf], sparsity: Any) -> Allocation:
+    """Give every leaf the same sparsity: one pool a leaf.
+
+    Args:
+        leaves: The prunable leaves.
+        sparsity: Fraction in [0, 1], may be traced.
+
+    Returns:
+        The pools, each losing ``round(sparsity * num_units)``.
+
+    Examples:
+        >>> import prunax
+        >>> leaf = prunax.allocation.Leaf("kernel", (10, 10), 100)
+        >>> prunax.allocation.uniform([leaf], 0.25).pools[0].num_pruned
+        25
+    """
+    return Allocation(tuple(_pool(leaves, (i,), sparsity) for i in range(len(leaves))))
+
+
+def global_ranking(leaves: Sequence[Leaf], sparsity: Any, *, normalize: bool = False) -> Allocation:
+    """Rank the units of all leaves together: one pool.
+
+    Args:
+        leaves: The prunable leaves.
+        sparsity: Fraction in [0, 1] of all units, may be traced.
+        normalize: Divide each leaf's scores by their root mean square first. Off by default: raw scores are ranked.
+            ``functools.partial(global_ranking, normalize=True)`` is an allocation.
+
+    Returns:
+        One pool with every leaf.
+
+    Examples:
+        >>> import jax.numpy as jnp, prunax
+        >>> params = {"a": {"kernel": jnp.array([[1.0, 2.0]])}, "b": {"kernel": jnp.array([[3.0, 4.0]])}}
+        >>> masks = prunax.compute_masks(params, 0.5, allocation=prunax.allocation.global_ranking)
+        >>> masks["a"]["kernel"].tolist(), masks["b"]["kernel"].tolist()
+        ([[False, False]], [[True, True]])
+
+    References:
+        Blalock et al., What is the State of Neural Network Pruning?, 2020, arXiv:2003.03033: global magnitude.
+    """
+    pool = _pool(leaves, tuple(range(len(leaves))), sparsity)
+    return Allocation((pool,), _unit_rms if normalize else None)
+
+
+def lamp(leaves: Sequence[Leaf], sparsity: Any) -> Allocation:
+    r"""Layer-adaptive magnitude: rank all leaves together by LAMP scores.
+
+    .. math:: \mathrm{lamp}(u) = \frac{w_u^2}{\sum_{v : |w_v| \ge |w_u|} w_v^2}
+
+    A leaf's largest unit scores 1, so at least one weight a leaf is kept as long as there is one to keep for each. The
+    given scores stand in for |w|. Rescaling sorts each leaf (on sharded leaves this gathers them).
+
+    Args:
+        leaves: The prunable leaves.
+        sparsity: Fraction in [0, 1] of all units, may be traced.
+
+    Returns:
+        One pool with every leaf, and the rescaling.
+
+    Examples:
+        >>> import jax.numpy as jnp, prunax
+        >>> params = {"a": {"kernel": jnp.array([[1.0, 1.0]])}, "b": {"kernel": jnp.array([[3.0, 40.0]])}}
+        >>> masks = prunax.compute_masks(params, 0.5, allocation=prunax.allocation.lamp)
+        >>> masks["a"]["kernel"].tolist(), masks["b"]["kernel"].tolist()
+        ([[True, False]], [[False, True]])
+
+    References:
+        Lee et al., Layer-adaptive Sparsity for the Magnitude-based Pruning, 2021, arXiv:2010.07611, equation 3.
+    """
+    return Allocation((_pool(leaves, tuple(range(len(leaves))), sparsity),), _lamp_scores)
+
+
+def erdos_renyi(leaves: Sequence[Leaf], sparsity: Any) -> Allocation:
+    r"""Erdos-Renyi-kernel: a leaf's density is proportional to the sum of its dimensions over their product.
+
+    Small leaves stay denser than large ones. A leaf whose density would exceed 1 is kept whole and the others bear the
+    rest, so that the overall sparsity holds up to the rounding of each leaf's budget.
+
+    Args:
+        leaves: The prunable leaves.
+        sparsity: Fraction in [0, 1] of all weights, may be traced.
+
+    Returns:
+        One pool a leaf, each with its own sparsity.
+
+    Examples:
+        >>> import prunax
+        >>> leaves = [prunax.allocation.Leaf("a", (10, 10), 100), prunax.allocation.Leaf("b", (100, 100), 10_000)]
+        >>> [pool.num_pruned for pool in prunax.allocation.erdos_renyi(leaves, 0.9).pools]
+        [8, 9082]
+
+    References:
+        Evci et al., Rigging the Lottery, 2020, arXiv:1911.11134, section 3; Mocanu et al., Scalable Training of
+        Artificial Neural Networks with Adaptive Sparse Connectivity, 2018, arXiv:1707.04780, equation 3.
+    """
+    sizes = np.array([np.prod(leaf.shape, dtype=np.float64) for leaf in leaves])
+    share = sizes / max(sizes.sum(), 1.0)
+    raw = np.array([sum(leaf.shape) / max(np.prod(leaf.shape, dtype=np.float64), 1.0) for leaf in leaves])
+    # Fill the leaves with the largest raw densities first. With the first j of them kept whole, the others get
+    # scale_j * raw; the right j is the first whose densities all stay within 1.
+    order = np.argsort(-raw, kind="stable")
+    weight = (share * raw)[order]
+    filled = np.concatenate([[0.0], np.cumsum(share[order])[:-1]])
+    rest = np.cumsum(weight[::-1])[::-1]
+    xp = jnp if trees.is_traced(sparsity) else np
+    cast = (lambda x: jnp.asarray(x, jnp.float32)) if xp is jnp else np.asarray
+    scale = xp.maximum((1 - sparsity) - cast(filled), 0) / cast(np.maximum(rest, 1e-300 if xp is np else 1e-30))
+    fits = scale * cast(raw[order]) <= 1
+    scale = xp.where(xp.any(fits), scale[xp.argmax(fits)], cast(np.inf))
+    density = xp.where(sparsity <= 0, cast(1.0), xp.minimum(scale * cast(raw), cast(1.0)))
+    return Allocation(tuple(_pool(leaves, (i,), 1 - density[i]) for i in range(len(leaves))))
+
+
+@dataclass(frozen=True, init=False)
+class by_path:  # noqa: N801 - an allocation, called like the others
+    """Give leaves their sparsities by name.
+
+    Attributes:
+        sparsities: ``(pattern, sparsity)`` pairs from the mapping given: a pattern is a path or a glob, as in
+            ``{"encoder/*": 0.9, "head/kernel": 0.5}``, and the first that matches a leaf counts. Leaves that none matches
+            get the overall sparsity of the call, and are kept whole where that is None.
+
+    The sparsities are constants: under a schedule, which moves the overall sparsity, a named leaf has its own from the
+    first update on.
+
+    Raises:
+        ValueError: If a sparsity is not in [0, 1]; when applied, if a pattern matches no prunable leaf.
+
+    Examples:
+        >>> import jax.numpy as jnp, prunax
+        >>> params = {"body": {"kernel": jnp.ones((4, 4))}, "head": {"kernel": jnp.ones((4, 2))}}
+        >>> allocation = prunax.allocation.by_path({"head/*": 0.5})
+        >>> masks = prunax.compute_masks(params, 0.75, allocation=allocation)
+        >>> int(masks["body"]["kernel"].sum()), int(masks["head"]["kernel"].sum())
+        (4, 4)
+    """
+
+    sparsities: tuple[tuple[str, float], ...]
+
+    def __init__(self, sparsities: Mapping[str, float]) -> None:
+        for pattern, sparsity in sparsities.items():
+            schedules.check_sparsity("by_path", sparsity, f"the sparsity of {pattern!r}")
+        object.__setattr__(self, "sparsities", tuple(sparsities.items()))
+
+    def __call__(self, leaves: Sequence[Leaf], sparsity: Any) -> Allocation:
+        for pattern, _ in self.sparsities:
+            if not any(fnmatch.fnmatchcase(leaf.path, pattern) for leaf in leaves):
+                known = ", ".join(leaf.path for leaf in leaves)
+                raise ValueError(
+                    f"by_path: {pattern!r} matches no prunable leaf. Prunable are: {known}. "
+                    f"Correct the path, use a glob such as '*/kernel', or choose the leaf with `where`."
+                )
+        pools = []
+        for i, leaf in enumerate(leaves):
+            own = [s for pattern, s in self.sparsities if fnmatch.fnmatchcase(leaf.path, pattern)]
+            if own or sparsity is not None:
+                pools.append(_pool(leaves, (i,), own[0] if own else sparsity))
+        return Allocation(tuple(pools))
+
+
+def _pool(leaves: Sequence[Leaf], indices: tuple[int, ...], sparsity: Any) -> Pool:
+    return Pool(indices, sparsity, selection.num_pruned(sparsity, sum(leaves[i].num_units for i in indices)))
+
+
+def _unit_rms(scores: jax.Array) -> jax.Array:
+    x = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+    rms = jnp.sqrt(jnp.mean(jnp.square(x)))
+    return x / jnp.where(rms > 0, rms, 1)
+
+
+def _lamp_scores(scores: jax.Array) -> jax.Array:
+    square = jnp.square(scores.astype(jnp.promote_types(scores.dtype, jnp.float32))).reshape(-1)
+    # Stable, so that of equal magnitudes the lower index has the smaller sum behind it and the larger score.
+    order = jnp.argsort(square, descending=True, stable=True)
+    ranked = square[order]
+    total = jnp.cumsum(ranked)
+    lamp_scores = jnp.where(total > 0, ranked / jnp.where(total > 0, total, 1), 0)
+    return jnp.zeros_like(square).at[order].set(lamp_scores).reshape(scores.shape)

@@ -1,0 +1,348 @@
+"""Masks from parameters, and parameters under masks.
+
+A mask tree has exactly the structure of the params. A prunable leaf has a bool array of its shape, True = the weight is
+kept; every other leaf has the scalar True. So ``jax.tree.map(lambda p, m: jnp.where(m, p, 0), params, masks)`` works
+with no special case.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prunax import allocation as allocations
+from prunax import patterns, schedules, selection, trees
+from prunax import scores as score_functions
+
+__all__ = ["apply_masks", "compute_masks", "straight_through"]
+
+PyTree = Any
+Structure = tuple[tuple[tuple[int, ...], ...], Callable[[jax.Array], jax.Array] | None]
+
+
+def compute_masks(
+    params: PyTree,
+    sparsity: Any = None,
+    *,
+    scores: PyTree | None = None,
+    threshold: Any = None,
+    allocation: Any = allocations.uniform,
+    pattern: patterns.Pattern = patterns.Unstructured(),
+    where: trees.Where = trees.is_kernel,
+) -> PyTree:
+    """Choose which weights to keep.
+
+    Args:
+        params: Pytree of arrays: dicts, Flax, NNX, Equinox, Haiku, anything that JAX flattens. Any floating dtype.
+        sparsity: Fraction of the prunable weights to remove, in [0, 1]. May be traced: a new value never recompiles.
+            A pool of n units loses exactly ``round(sparsity * n)``, halves rounded to even. Leave it out with `threshold`,
+            with a pattern that fixes it (`patterns.NM`), or with `allocation.by_path`.
+        scores: Tree of the params' structure, larger = keep; |w| where left out. A leaf's score has the leaf's shape, or
+            is a scalar, which means that the leaf is never pruned.
+        threshold: Keep the units with |score| > threshold instead of a given number: what an L1 penalty drove to zero
+            has |w| <= 0.
+        allocation: How the sparsity is shared out among leaves, from `prunax.allocation`.
+        pattern: Which weights go together or compete, from `prunax.patterns`.
+        where: ``where(path, leaf) -> bool`` chooses the prunable leaves.
+
+    Returns:
+        A mask tree of the params' structure: bool arrays, True = kept, for prunable leaves; the scalar True for others.
+        Ties go to the lower flat index (kept first), leaves in tree order; the result is the same eager, jitted,
+        vmapped and sharded. Masks have the params' sharding.
+
+    Raises:
+        ValueError: If the sparsity is outside [0, 1], nothing is selected, the scores do not fit the params, a score is
+            NaN (when its value is known: under tracing NaN ranks lowest), or the pattern does not fit a leaf. The message
+            names the leaf.
+        TypeError: If an argument is of the wrong kind.
+
+    Examples:
+        >>> import jax.numpy as jnp, prunax
+        >>> params = {"dense": {"kernel": jnp.array([[4.0, -1.0], [-2.0, 3.0]]), "bias": jnp.ones(2)}}
+        >>> masks = prunax.compute_masks(params, 0.5)
+        >>> masks["dense"]["kernel"].tolist(), masks["dense"]["bias"].tolist()
+        ([[True, False], [False, True]], True)
+
+    References:
+        Exact selection, ties and rounding are defined in the documentation of `prunax.selection`.
+    """
+    names, leaves, indices, treedef = trees.select(params, where)
+    if not indices:
+        raise ValueError(
+            f"compute_masks: `where` selects no leaf. The leaves are: {', '.join(names) or 'none'}. "
+            f"Pass where=lambda path, leaf: ... that is true for the ones to prune."
+        )
+    if scores is None:
+        score_leaves = leaves
+    else:
+        score_leaves, indices = _given_scores(scores, params, names, leaves, indices)
+    _check_request(sparsity, threshold, allocation, pattern)
+    check_pattern("compute_masks", pattern, [(names[i], leaves[i].shape) for i in indices])
+
+    chosen = [score_leaves[i] for i in indices]
+    if threshold is not None:
+        kept, has_nan = _above_threshold(chosen, threshold, pattern=pattern)
+    else:
+        budgets, structure = plan(
+            [(names[i], leaves[i].shape) for i in indices], sparsity, allocation=allocation, pattern=pattern
+        )
+        kept, has_nan = _select(chosen, budgets, magnitude=scores is None, pattern=pattern, structure=structure)
+    if not trees.is_traced(*has_nan):
+        bad = [names[i] for i, flag in zip(indices, jax.device_get(has_nan), strict=True) if flag]
+        if bad:
+            raise ValueError(
+                f"compute_masks: the scores of {', '.join(map(repr, bad))} contain NaN, which cannot be ranked. "
+                f"Look for the step that made them, or replace them with jnp.nan_to_num."
+            )
+    masks = [trees.keep_all()] * len(leaves)
+    for i, mask in zip(indices, kept, strict=True):
+        masks[i] = mask
+    return treedef.unflatten(masks)
+
+
+def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
+    """Set pruned weights to zero.
+
+    Args:
+        params: Pytree of arrays. Leaves that are not arrays pass through.
+        masks: A mask tree of the same structure: bool, True = kept; each mask has its leaf's shape or is a scalar.
+
+    Returns:
+        The params with exactly 0.0 where the mask is False, dtypes kept. Weights are replaced, not multiplied: a pruned
+        NaN or infinity becomes zero as well.
+
+    Raises:
+        ValueError: If the structures or shapes differ, naming the leaf.
+        TypeError: If a mask is not boolean, naming the leaf.
+
+    Examples:
+        >>> import jax.numpy as jnp, prunax
+        >>> prunax.apply_masks({"kernel": jnp.array([1.0, jnp.nan])}, {"kernel": jnp.array([True, False])})
+        {'kernel': Array([1., 0.], dtype=float32)}
+    """
+    return _map_masked("apply_masks", _zero, params, masks)
+
+
+def straight_through(params: PyTree, masks: PyTree) -> PyTree:
+    """Mask in the forward pass, and let the gradient through to every weight.
+
+    Args:
+        params: Pytree of arrays. Leaves that are not arrays pass through.
+        masks: A mask tree of the same structure, True = kept.
+
+    Returns:
+        The masked params. Differentiated, the function is the identity: pruned weights get the gradient that they would
+        have had at zero, so that they can come back.
+
+    Raises:
+        ValueError: If the structures or shapes differ, naming the leaf.
+        TypeError: If a mask is not boolean, naming the leaf.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, prunax
+        >>> w, mask = jnp.array([2.0, 3.0]), jnp.array([True, False])
+        >>> prunax.straight_through(w, mask).tolist()
+        [2.0, 0.0]
+        >>> jax.grad(lambda w: jnp.sum(5.0 * prunax.straight_through(w, mask)))(w).tolist()
+        [5.0, 5.0]
+
+    References:
+        Bengio et al., Estimating or Propagating Gradients Through Stochastic Neurons, 2013, arXiv:1308.3432.
+    """
+    return _map_masked("straight_through", _zero_straight_through, params, masks)
+
+
+def select_masks(
+    score_leaves: Sequence[jax.Array], budgets: Sequence[Any], *, pattern: patterns.Pattern, structure: Structure
+) -> list[jax.Array]:
+    """Rank the scores of the prunable leaves within a plan's budgets. For use inside jit.
+
+    Args:
+        score_leaves: Floating-point arrays, one a prunable leaf.
+        budgets: From `plan`.
+        pattern: The pattern.
+        structure: From `plan`, static.
+
+    Returns:
+        One bool mask a leaf, of its shape, True = kept.
+    """
+    pools, rescale = structure
+    units = [pattern.pool(s) for s in score_leaves]
+    if rescale is not None:
+        units = [rescale(u) for u in units]
+    if pattern.compare_axis is None:
+        kept = selection.keep_largest(units, pools, budgets)
+    else:
+        kept = [jnp.ones(u.shape, jnp.bool_) for u in units]
+        for (i,), budget in zip(pools, budgets, strict=True):
+            kept[i] = selection.keep_largest_along(units[i], pattern.compare_axis, budget)
+    return [pattern.expand(k, s.shape) for k, s in zip(kept, score_leaves, strict=True)]
+
+
+def plan(
+    leaves: Sequence[tuple[str, tuple[int, ...]]], sparsity: Any, *, allocation: Any, pattern: patterns.Pattern
+) -> tuple[list[Any], Structure]:
+    """Ask the allocation for pools and turn their sparsities into numbers of units.
+
+    Args:
+        leaves: ``(path, shape)`` of each prunable leaf.
+        sparsity: None, a number, or a traced scalar.
+        allocation: The allocation.
+        pattern: The pattern.
+
+    Returns:
+        ``(budgets, structure)``. A budget is the number of units that a pool loses (each slice of it, where the pattern
+        compares along an axis): values that jit may trace. The structure is hashable: the leaf indices of each pool,
+        and the rescaling.
+
+    Raises:
+        ValueError: If the pattern compares along an axis and the allocation ranks across leaves.
+    """
+    if sparsity is None:
+        sparsity = pattern.max_sparsity
+    infos = [allocations.Leaf(path, shape, math.prod(pattern.unit_shape(shape))) for path, shape in leaves]
+    pools, rescale = allocation(infos, sparsity)
+    if pattern.compare_axis is None:
+        budgets = [selection.as_count(pool.num_pruned) for pool in pools]
+    elif rescale is None and all(len(pool.leaves) == 1 for pool in pools):
+        budgets = [_slice_budget(pattern, pool.sparsity, infos[pool.leaves[0]]) for pool in pools]
+    else:
+        raise ValueError(
+            f"{pattern} compares weights within each slice of a leaf, so there is nothing to rank across leaves. "
+            f"Use allocation.uniform, allocation.erdos_renyi or allocation.by_path with it."
+        )
+    return budgets, (tuple(pool.leaves for pool in pools), rescale)
+
+
+def _slice_budget(pattern: patterns.Pattern, sparsity: Any, leaf: allocations.Leaf) -> Any:
+    length = pattern.unit_shape(leaf.shape)[pattern.compare_axis]
+    budget = selection.num_pruned(sparsity, length)
+    if pattern.max_sparsity is None:
+        return budget if isinstance(budget, int) else budget.lo
+    most = selection.num_pruned(pattern.max_sparsity, length)
+    if not isinstance(budget, int):
+        return jnp.minimum(budget.lo, jnp.uint32(most))
+    if budget > most:
+        raise ValueError(
+            f"{pattern} prunes at most {pattern.max_sparsity:g} of {leaf.path!r}, got sparsity {sparsity:g}. "
+            f"Leave the sparsity out, or choose another pattern."
+        )
+    return budget
+
+
+@functools.partial(jax.jit, static_argnames=("magnitude", "pattern", "structure"))
+def _select(
+    leaves: list[jax.Array], budgets: Any, *, magnitude: bool, pattern: patterns.Pattern, structure: Structure
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    score_leaves = score_functions.magnitude(leaves) if magnitude else leaves
+    return (
+        select_masks(score_leaves, budgets, pattern=pattern, structure=structure),
+        [jnp.any(jnp.isnan(s)) for s in score_leaves],
+    )
+
+
+@functools.partial(jax.jit, static_argnames="pattern")
+def _above_threshold(
+    leaves: list[jax.Array], threshold: jax.Array, *, pattern: patterns.Pattern
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    kept = [pattern.expand(pattern.pool(jnp.abs(s)) > threshold, s.shape) for s in leaves]
+    return kept, [jnp.any(jnp.isnan(s)) for s in leaves]
+
+
+def _check_request(sparsity: Any, threshold: Any, allocation: Any, pattern: patterns.Pattern) -> None:
+    fixed = pattern.max_sparsity is not None or isinstance(allocation, allocations.by_path)
+    if threshold is not None:
+        if sparsity is not None:
+            raise ValueError("compute_masks: got both sparsity and threshold. Pass one of them.")
+        if pattern.compare_axis is not None:
+            raise ValueError(f"compute_masks: {pattern} keeps a given number of weights and takes no threshold.")
+        if not trees.is_traced(threshold) and not float(threshold) >= 0:
+            raise ValueError(f"compute_masks: threshold must be a number of at least 0, got {threshold}.")
+    elif sparsity is None:
+        if not fixed:
+            raise ValueError("compute_masks: pass a sparsity in [0, 1], or threshold=.")
+    elif not trees.is_traced(sparsity):
+        schedules.check_sparsity("compute_masks", sparsity)
+    elif jnp.ndim(sparsity):
+        raise TypeError(
+            f"compute_masks: sparsity must be a scalar, got shape {sparsity.shape}. Use jax.vmap for several at once."
+        )
+
+
+def check_pattern(function: str, pattern: patterns.Pattern, leaves: Sequence[tuple[str, tuple[int, ...]]]) -> None:
+    for path, shape in leaves:
+        problem = pattern.check(shape)
+        if problem is not None:
+            raise ValueError(f"{function}: {pattern} does not fit {path!r} of shape {shape}: {problem}.")
+
+
+def _given_scores(
+    scores: PyTree, params: PyTree, names: list[str], leaves: list[Any], indices: list[int]
+) -> tuple[list[Any], list[int]]:
+    if callable(scores) and not jax.tree.leaves(scores, is_leaf=trees.is_array):
+        raise TypeError(f"compute_masks: scores must be a tree, got {scores!r}. Call it: scores=score(params, grads).")
+    score_leaves = trees.leaves_like("compute_masks", "scores", scores, params)
+    scored = []
+    for i in indices:
+        score, leaf = score_leaves[i], leaves[i]
+        if np.shape(score) == () and leaf.ndim > 0:
+            continue
+        if np.shape(score) != leaf.shape:
+            raise ValueError(
+                f"compute_masks: the scores of {names[i]!r} have shape {np.shape(score)}, the leaf has {leaf.shape}. "
+                f"Score every weight, or give the leaf a scalar score to leave it whole."
+            )
+        if not (trees.is_array(score) and jnp.issubdtype(score.dtype, jnp.floating)):
+            raise TypeError(
+                f"compute_masks: the scores of {names[i]!r} must be floating-point, got "
+                f"{getattr(score, 'dtype', type(score))}. Convert them with .astype(jnp.float32)."
+            )
+        scored.append(i)
+    if not scored:
+        raise ValueError(
+            f"compute_masks: every selected leaf has a scalar score, which means never pruned: "
+            f"{', '.join(names[i] for i in indices)}. Score at least one of them by weight."
+        )
+    return score_leaves, scored
+
+
+def _map_masked(function: str, mask_leaf: Callable[[Any, Any], Any], params: PyTree, masks: PyTree) -> PyTree:
+    mask_leaves = trees.leaves_like(function, "masks", masks, params)
+    names, (leaves, treedef) = trees.paths(params), jax.tree.flatten(params)
+    for name, leaf, mask in zip(names, leaves, mask_leaves, strict=True):
+        dtype = getattr(mask, "dtype", np.dtype(type(mask)) if isinstance(mask, bool) else type(mask))
+        if dtype != np.bool_:
+            raise TypeError(
+                f"{function}: the mask of {name!r} must be bool, got {dtype}. Unpack packed masks with "
+                f"prunax.transforms.unpack_masks; compare scores with a threshold to make a mask."
+            )
+        if np.shape(mask) not in ((), np.shape(leaf)):
+            raise ValueError(
+                f"{function}: the mask of {name!r} has shape {np.shape(mask)}, the leaf has {np.shape(leaf)}. "
+                f"A mask has its leaf's shape or is the scalar True."
+            )
+    return treedef.unflatten(
+        mask_leaf(leaf, mask) if _is_number(leaf) else leaf for leaf, mask in zip(leaves, mask_leaves, strict=True)
+    )
+
+
+def _is_number(leaf: Any) -> bool:
+    return trees.is_array(leaf) and (jnp.issubdtype(leaf.dtype, jnp.number) or leaf.dtype == jnp.bool_)
+
+
+def _zero(leaf: jax.Array, mask: jax.Array) -> jax.Array:
+    return jnp.where(mask, leaf, jnp.zeros((), leaf.dtype))
+
+
+@jax.custom_jvp
+def _zero_straight_through(leaf: jax.Array, mask: jax.Array) -> jax.Array:
+    return _zero(leaf, mask)
+
+
+@_zero_straight_through.defjvp
+def _pass_tangent(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[Any, Any]:
+    return _zero(*primals), tangents[0]

@@ -1,0 +1,92 @@
+"""One bit a weight: bool arrays packed into bytes as bit planes.
+
+The rows of an array along its packing axis are cut into eight equal planes, and byte r holds row r of every plane, plane
+j in bit j. Unpacking is then eight shifts of contiguous memory, which XLA fuses into whatever reads the mask. Packing
+along the minor axis would interleave neighbours and defeat vectorisation.
+"""
+
+import jax
+import jax.numpy as jnp
+
+__all__ = ["pack", "packed_shape", "unpack"]
+
+Shape = tuple[int, ...]
+
+
+def packed_shape(shape: Shape) -> Shape:
+    """Shape of the bytes that hold a bool array.
+
+    Args:
+        shape: Shape of the bool array.
+
+    Returns:
+        The shape with the packing axis divided by eight, rounded up. The packing axis wastes the fewest bytes, and is
+        the minor one only where that is the better by far (a lone axis, or short leading ones).
+
+    Examples:
+        >>> import prunax
+        >>> prunax.packing.packed_shape((784, 300)), prunax.packing.packed_shape((3, 3, 1, 64))
+        ((98, 300), (3, 3, 1, 8))
+    """
+    if not shape:
+        return ()
+    axis = _axis(shape)
+    return (*shape[:axis], -(-shape[axis] // 8), *shape[axis + 1 :])
+
+
+def pack(mask: jax.Array) -> jax.Array:
+    """Pack a bool array into bytes.
+
+    Args:
+        mask: Bool array of any shape. A 0-d one is returned as it is.
+
+    Returns:
+        uint8 array of shape ``packed_shape(mask.shape)``.
+
+    Examples:
+        >>> import jax.numpy as jnp, prunax
+        >>> prunax.packing.pack(jnp.array([[True], [False], [True]])).tolist()
+        [[5]]
+    """
+    if not mask.shape:
+        return mask
+    axis = _axis(mask.shape)
+    rows = packed_shape(mask.shape)[axis]
+    widths = [(0, 8 * rows - n if a == axis else 0) for a, n in enumerate(mask.shape)]
+    planes = jnp.pad(mask, widths).reshape((*mask.shape[:axis], 8, rows, *mask.shape[axis + 1 :]))
+    return jnp.sum(planes.astype(jnp.uint8) << _bits(planes.ndim, axis), axis=axis, dtype=jnp.uint8)
+
+
+def unpack(packed: jax.Array, shape: Shape) -> jax.Array:
+    """Unpack bytes into a bool array.
+
+    Args:
+        packed: uint8 array from `pack`, or a 0-d bool array, which is returned as it is.
+        shape: Shape of the bool array, static.
+
+    Returns:
+        The bool array.
+
+    Examples:
+        >>> import jax.numpy as jnp, prunax
+        >>> mask = jnp.array([[True], [False], [True]])
+        >>> bool((prunax.packing.unpack(prunax.packing.pack(mask), mask.shape) == mask).all())
+        True
+    """
+    if not packed.shape:
+        return packed
+    axis = _axis(shape)
+    planes = jnp.expand_dims(packed, axis)
+    planes = (planes >> _bits(planes.ndim, axis)) & jnp.uint8(1)
+    merged = planes.reshape((*shape[:axis], 8 * packed.shape[axis], *shape[axis + 1 :]))
+    return jax.lax.slice_in_dim(merged, 0, shape[axis], axis=axis).astype(jnp.bool_)
+
+
+def _axis(shape: Shape) -> int:
+    waste = [-(-n // 8) * 8 / max(n, 1) for n in shape]
+    minor = len(shape) - 1
+    return min(range(len(shape)), key=lambda a: (round(waste[a], 1), a == minor, waste[a]))
+
+
+def _bits(ndim: int, axis: int) -> jax.Array:
+    return jnp.arange(8, dtype=jnp.uint8).reshape([8 if a == axis else 1 for a in range(ndim)])

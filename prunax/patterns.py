@@ -1,0 +1,302 @@
+"""Patterns: which weights are removed together, and which are compared with each other.
+
+A pattern pools the scores of one leaf into the scores of *units*, and expands the mask of the units back to the leaf.
+`compare_axis` says which units compete: None for all units of a pool (across leaves, as the allocation says), or an axis
+of the unit scores along which every slice is a contest of its own. A new pattern is a new frozen dataclass with these
+members.
+
+prunax counts axes as Flax does: a kernel is ``(..., in, out)``, a convolution ``(height, width, in, out)``.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+
+__all__ = ["NM", "Block", "Channel", "ConstantFanIn", "Pattern", "Unstructured"]
+
+Shape = tuple[int, ...]
+
+
+class Pattern(Protocol):
+    """What `prunax.compute_masks` asks of a pattern. All of it depends on static shapes only.
+
+    Attributes:
+        compare_axis: None, or the axis of the unit scores along which units compete.
+        max_sparsity: The most that the pattern prunes, and what it prunes where no sparsity is given; None for any.
+    """
+
+    @property
+    def compare_axis(self) -> int | None: ...
+
+    @property
+    def max_sparsity(self) -> float | None: ...
+
+    def check(self, shape: Shape) -> str | None:
+        """Say what keeps the pattern from fitting a leaf of this shape, or None."""
+        ...
+
+    def unit_shape(self, shape: Shape) -> Shape:
+        """Shape of the unit scores of a leaf."""
+        ...
+
+    def pool(self, scores: jax.Array) -> jax.Array:
+        """Turn the scores of a leaf's weights into the scores of its units."""
+        ...
+
+    def expand(self, mask: jax.Array, shape: Shape) -> jax.Array:
+        """Turn a mask of units (True = kept) into a mask of weights, one that broadcasts to `shape` at least."""
+        ...
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Every weight on its own.
+
+    Examples:
+        >>> import jax.numpy as jnp, prunax
+        >>> prunax.compute_masks({"kernel": jnp.array([[3.0, 1.0], [2.0, 4.0]])}, 0.5)
+        {'kernel': Array([[ True, False],
+               [False,  True]], dtype=bool)}
+    """
+
+    compare_axis = None
+    max_sparsity = None
+
+    def check(self, shape: Shape) -> str | None:
+        return None
+
+    def unit_shape(self, shape: Shape) -> Shape:
+        return shape
+
+    def pool(self, scores: jax.Array) -> jax.Array:
+        return scores
+
+    def expand(self, mask: jax.Array, shape: Shape) -> jax.Array:
+        return mask
+
+
+@dataclass(frozen=True)
+class ConstantFanIn:
+    """The same number of weights kept for every output unit: every slice along the axis is a contest of its own.
+
+    Attributes:
+        axis: The reduction axis: -2 for a Flax kernel ``(..., in, out)``, -1 for one stored as ``(out, in)`` (PyTorch,
+            Equinox). Each slice of length n along it loses ``round(sparsity * n)`` weights. For a convolution
+            ``(height, width, in, out)`` pass ``(-4, -3, -2)``: one contest for each output channel over its whole
+            window.
+
+    Examples:
+        >>> import jax.numpy as jnp, prunax
+        >>> kernel = jnp.array([[1.0, 8.0], [2.0, 7.0], [3.0, 6.0], [4.0, 5.0]])
+        >>> prunax.compute_masks({"kernel": kernel}, 0.75, pattern=prunax.patterns.ConstantFanIn())
+        {'kernel': Array([[False,  True],
+               [False, False],
+               [False, False],
+               [ True, False]], dtype=bool)}
+
+    References:
+        Lasby et al., Dynamic Sparse Training with Structured Sparsity (SRigL), 2024, arXiv:2305.02299, section 3.
+        Sun et al., A Simple and Effective Pruning Approach for Large Language Models (Wanda), 2024, arXiv:2306.11695,
+        section 3: comparison groups by output.
+    """
+
+    axis: int | tuple[int, ...] = -2
+
+    max_sparsity = None
+    compare_axis = -1
+
+    def _axes(self, ndim: int) -> tuple[int, ...]:
+        axes = (self.axis,) if isinstance(self.axis, int) else self.axis
+        return tuple(sorted(a % ndim for a in axes))
+
+    def check(self, shape: Shape) -> str | None:
+        return _check_axes(self.axis, shape)
+
+    def unit_shape(self, shape: Shape) -> Shape:
+        axes = self._axes(len(shape))
+        length = 1
+        for a in axes:
+            length *= shape[a]
+        return (*(n for a, n in enumerate(shape) if a not in axes), length)
+
+    def pool(self, scores: jax.Array) -> jax.Array:
+        axes = self._axes(scores.ndim)
+        moved = jnp.moveaxis(scores, axes, range(scores.ndim - len(axes), scores.ndim))
+        return moved.reshape(self.unit_shape(scores.shape)) if len(axes) > 1 else moved
+
+    def expand(self, mask: jax.Array, shape: Shape) -> jax.Array:
+        axes = self._axes(len(shape))
+        if len(axes) > 1:
+            mask = mask.reshape((*mask.shape[:-1], *(shape[a] for a in axes)))
+        return jnp.moveaxis(mask, range(len(shape) - len(axes), len(shape)), axes)
+
+
+@dataclass(frozen=True)
+class NM:
+    """N:M sparsity: **keep** n of every m consecutive weights along the reduction axis. ``NM(2, 4)`` is what sparse
+    tensor cores run.
+
+    Beware of libraries in which "1:4" means one weight zeroed, or which group along the output axis.
+
+    Attributes:
+        n: Weights kept in each group, 0 <= n <= m.
+        m: Length of a group. The axis must be a multiple of it.
+        axis: The reduction axis, along which groups run: -2 for a Flax kernel ``(..., in, out)`` and for a convolution
+            ``(height, width, in, out)``; -1 for a weight stored as ``(out, in)`` (PyTorch, Equinox).
+
+    Under a schedule, sparsities below ``1 - n/m`` prune ``round(sparsity * m)`` weights of each group, so that NM(2, 4)
+    goes through 4:4 and 3:4.
+
+    Raises:
+        ValueError: If not 0 <= n <= m.
+
+    Examples:
+        >>> import jax.numpy as jnp, prunax
+        >>> kernel = jnp.array([[1.0], [4.0], [3.0], [2.0]])
+        >>> prunax.compute_masks({"kernel": kernel}, pattern=prunax.patterns.NM(2, 4))["kernel"][:, 0].tolist()
+        [False, True, True, False]
+
+    References:
+        Mishra et al., Accelerating Sparse Deep Neural Networks, 2021, arXiv:2104.08378, section 3.
+    """
+
+    n: int
+    m: int
+    axis: int = -2
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.n <= self.m or self.m < 1:
+            raise ValueError(
+                f"NM: keeps n of every m weights and needs 0 <= n <= m, m >= 1, got n={self.n}, m={self.m}. "
+                f"Did you mean NM({self.m}, {self.n})?"
+            )
+
+    @property
+    def compare_axis(self) -> int:
+        return self.axis if self.axis < 0 else self.axis + 1
+
+    @property
+    def max_sparsity(self) -> float:
+        return 1 - self.n / self.m
+
+    def check(self, shape: Shape) -> str | None:
+        problem = _check_axes(self.axis, shape)
+        if problem is None and shape[self.axis] % self.m:
+            return (
+                f"axis {self.axis} has length {shape[self.axis]}, which {self.m} does not divide. "
+                f"Leave the leaf out with `where`, or choose another axis"
+            )
+        return problem
+
+    def unit_shape(self, shape: Shape) -> Shape:
+        a = self.axis % len(shape)
+        return (*shape[:a], shape[a] // self.m, self.m, *shape[a + 1 :])
+
+    def pool(self, scores: jax.Array) -> jax.Array:
+        return scores.reshape(self.unit_shape(scores.shape))
+
+    def expand(self, mask: jax.Array, shape: Shape) -> jax.Array:
+        return mask.reshape(shape)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Blocks of neighbouring weights, kept or removed whole. A block's score is the mean of its weights' scores.
+
+    Attributes:
+        shape: ``(height, width)``: blocks tile the last two axes, ``(in, out)`` of a Flax kernel, from index 0 on. The
+            blocks at the far edges are smaller where the lengths are not multiples; each counts as one block.
+
+    Raises:
+        ValueError: If the shape is not two positive integers.
+
+    Examples:
+        >>> import jax.numpy as jnp, prunax
+        >>> kernel = jnp.array([[1.0, 1.0, 9.0], [1.0, 1.0, 9.0]])
+        >>> prunax.compute_masks({"kernel": kernel}, 0.5, pattern=prunax.patterns.Block((2, 2)))
+        {'kernel': Array([[False, False,  True],
+               [False, False,  True]], dtype=bool)}
+
+    References:
+        Narang et al., Block-Sparse Recurrent Neural Networks, 2017, arXiv:1711.02782.
+    """
+
+    shape: tuple[int, int]
+
+    compare_axis = None
+    max_sparsity = None
+
+    def __post_init__(self) -> None:
+        if len(self.shape) != 2 or min(self.shape) < 1:
+            raise ValueError(f"Block: needs two positive lengths (height, width), got {self.shape}.")
+
+    def check(self, shape: Shape) -> str | None:
+        return None if len(shape) >= 2 else f"blocks tile the last two axes, and the shape {shape} has fewer"
+
+    def unit_shape(self, shape: Shape) -> Shape:
+        (h, w), (rows, columns) = self.shape, shape[-2:]
+        return (*shape[:-2], -(-rows // h), -(-columns // w))
+
+    def pool(self, scores: jax.Array) -> jax.Array:
+        window = (1,) * (scores.ndim - 2) + self.shape
+        padding = [(0, 0)] * (scores.ndim - 2) + [(0, -n % b) for n, b in zip(scores.shape[-2:], self.shape, strict=True)]
+
+        def total(x: jax.Array) -> jax.Array:
+            return jax.lax.reduce_window(x, jnp.zeros((), x.dtype), jax.lax.add, window, window, padding)
+
+        x = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+        return total(x) / total(jnp.ones_like(x))
+
+    def expand(self, mask: jax.Array, shape: Shape) -> jax.Array:
+        for axis, block in zip((-2, -1), self.shape, strict=True):
+            mask = jnp.repeat(mask, block, axis=axis)
+        return mask[..., : shape[-2], : shape[-1]]
+
+
+@dataclass(frozen=True)
+class Channel:
+    """Whole slices of a leaf at one index of an axis: filters, channels, neurons. The score is the mean of the slice's.
+
+    Attributes:
+        axis: The axis whose indices are kept or removed: -1 for the output channels of a Flax kernel, -2 for the inputs.
+
+    This masks one leaf. To make the network physically smaller, following the channel through every layer that shares
+    it, is the task of structural pruning.
+
+    Examples:
+        >>> import jax.numpy as jnp, prunax
+        >>> prunax.compute_masks({"kernel": jnp.array([[1.0, 2.0], [1.0, 2.0]])}, 0.5, pattern=prunax.patterns.Channel())
+        {'kernel': Array([[False,  True],
+               [False,  True]], dtype=bool)}
+
+    References:
+        Li et al., Pruning Filters for Efficient ConvNets, 2017, arXiv:1608.08710, section 3.1.
+    """
+
+    axis: int = -1
+
+    compare_axis = None
+    max_sparsity = None
+
+    def check(self, shape: Shape) -> str | None:
+        return _check_axes(self.axis, shape)
+
+    def unit_shape(self, shape: Shape) -> Shape:
+        return (shape[self.axis],)
+
+    def pool(self, scores: jax.Array) -> jax.Array:
+        others = tuple(a for a in range(scores.ndim) if a != self.axis % scores.ndim)
+        return jnp.mean(scores.astype(jnp.promote_types(scores.dtype, jnp.float32)), axis=others)
+
+    def expand(self, mask: jax.Array, shape: Shape) -> jax.Array:
+        others = tuple(a for a in range(len(shape)) if a != self.axis % len(shape))
+        return jnp.broadcast_to(jnp.expand_dims(mask, others), shape)
+
+
+def _check_axes(axis: int | tuple[int, ...], shape: Shape) -> str | None:
+    for a in (axis,) if isinstance(axis, int) else axis:
+        if not -len(shape) <= a < len(shape):
+            return f"axis {a} does not exist in the shape {shape}"
+    return None

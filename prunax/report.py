@@ -1,0 +1,173 @@
+"""What a pruned model looks like: sizes and sparsities, leaf by leaf."""
+
+import io
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prunax import trees
+
+__all__ = ["LeafSummary", "Summary", "summarize"]
+
+PyTree = Any
+
+
+@dataclass(frozen=True)
+class LeafSummary:
+    """One line of a `Summary`.
+
+    Attributes:
+        path: ``encoder/0/kernel``.
+        shape: Shape of the leaf.
+        dtype: Name of its dtype.
+        weights: Number of elements.
+        kept: Number of elements kept.
+        prunable: Whether the leaf has a mask of its own.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    weights: int
+    kept: int
+    prunable: bool
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the weights removed, in [0, 1]; 0 for an empty leaf."""
+        return _sparsity(self.weights, self.kept)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Sizes and sparsities of a tree. Prints as a table.
+
+    Attributes:
+        leaves: One `LeafSummary` for each array of the tree.
+    """
+
+    leaves: tuple[LeafSummary, ...]
+
+    @property
+    def weights(self) -> int:
+        """Number of prunable weights."""
+        return sum(leaf.weights for leaf in self.leaves if leaf.prunable)
+
+    @property
+    def kept(self) -> int:
+        """Number of prunable weights kept."""
+        return sum(leaf.kept for leaf in self.leaves if leaf.prunable)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the prunable weights removed, in [0, 1]."""
+        return _sparsity(self.weights, self.kept)
+
+    @property
+    def parameters(self) -> int:
+        """Number of all parameters, those that cannot be pruned included."""
+        return sum(leaf.weights for leaf in self.leaves)
+
+    @property
+    def parameters_kept(self) -> int:
+        """Number of all parameters that are left."""
+        return sum(leaf.kept for leaf in self.leaves)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Turn the summary into plain Python values, ready for JSON.
+
+        Returns:
+            ``{"leaves": [{"path", "shape", "dtype", "weights", "kept", "prunable", "sparsity"}, ...],
+            "prunable": {"weights", "kept", "sparsity"}, "total": {"weights", "kept", "sparsity"}}``.
+        """
+        return {
+            "leaves": [asdict(leaf) | {"shape": list(leaf.shape), "sparsity": leaf.sparsity} for leaf in self.leaves],
+            "prunable": {"weights": self.weights, "kept": self.kept, "sparsity": self.sparsity},
+            "total": {
+                "weights": self.parameters,
+                "kept": self.parameters_kept,
+                "sparsity": _sparsity(self.parameters, self.parameters_kept),
+            },
+        }
+
+    def __rich__(self) -> Any:
+        """Render as a `rich.table.Table`."""
+        from rich.table import Table
+
+        table = Table("leaf", "shape", "dtype")
+        for name in ("weights", "kept", "sparsity"):
+            table.add_column(name, justify="right")
+        for leaf in self.leaves:
+            sparsity = f"{leaf.sparsity:.2%}" if leaf.prunable else "-"
+            shape = " x ".join(map(str, leaf.shape)) or "scalar"
+            table.add_row(leaf.path, shape, leaf.dtype, f"{leaf.weights:,}", f"{leaf.kept:,}", sparsity)
+        table.add_section()
+        table.add_row("prunable", "", "", f"{self.weights:,}", f"{self.kept:,}", f"{self.sparsity:.2%}")
+        total = _sparsity(self.parameters, self.parameters_kept)
+        table.add_row("total", "", "", f"{self.parameters:,}", f"{self.parameters_kept:,}", f"{total:.2%}")
+        return table
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(file=io.StringIO(), width=120)
+        console.print(self)
+        return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+
+
+def summarize(params: PyTree, masks: PyTree | None = None) -> Summary:
+    """Count weights and kept weights, leaf by leaf.
+
+    Args:
+        params: Pytree of arrays; leaves that are not arrays are left out.
+        masks: Mask tree of the params' structure, True = kept. Without it a weight counts as kept where it is not zero,
+            and the kernels (`trees.is_kernel`) count as prunable.
+
+    Returns:
+        A `Summary`: ``print(summary)`` shows a table, ``summary.sparsity`` the realised sparsity, and
+        ``summary.to_dict()`` plain values.
+
+    Raises:
+        ValueError: If the structures or shapes differ, naming the leaf.
+
+    Examples:
+        >>> import jax.numpy as jnp, prunax
+        >>> params = {"kernel": jnp.ones((4, 5)), "bias": jnp.ones(5)}
+        >>> summary = prunax.summarize(params, prunax.compute_masks(params, 0.7))
+        >>> summary.kept, summary.sparsity
+        (6, 0.7)
+    """
+    names, leaves = trees.paths(params), jax.tree.leaves(params)
+    mask_leaves = [None] * len(leaves) if masks is None else trees.leaves_like("summarize", "masks", masks, params)
+    rows = []
+    for name, leaf, mask in zip(names, leaves, mask_leaves, strict=True):
+        if not trees.is_array(leaf):
+            continue
+        size = int(np.prod(leaf.shape, dtype=np.int64))
+        if mask is None:
+            prunable = trees.is_kernel(name, leaf)
+            kept = _count(leaf) if prunable else size
+        elif np.shape(mask) == leaf.shape:
+            prunable, kept = True, _count(mask)
+        elif np.shape(mask) == ():
+            prunable, kept = False, size if bool(mask) else 0
+        else:
+            raise ValueError(
+                f"summarize: the mask of {name!r} has shape {np.shape(mask)}, the leaf has {leaf.shape}. "
+                f"Unpack packed masks with prunax.transforms.unpack_masks."
+            )
+        rows.append(LeafSummary(name, tuple(leaf.shape), str(leaf.dtype), size, kept, prunable))
+    return Summary(tuple(rows))
+
+
+def _count(x: jax.Array) -> int:
+    """Count nonzero elements of an array, exactly beyond 2**31 as well."""
+    rows = jnp.count_nonzero(x, axis=-1) if jnp.ndim(x) else jnp.count_nonzero(x)
+    return int(np.sum(jax.device_get(rows), dtype=np.int64))
+
+
+def _sparsity(weights: int, kept: int) -> float:
+    return 1 - kept / weights if weights else 0.0

@@ -1,0 +1,252 @@
+"""Schedules: sparsity over training steps, and the steps at which masks are recomputed.
+
+A schedule is a frozen value. ``schedule(step)`` is the sparsity and ``schedule.is_update_step(step)`` says whether masks
+change at that step; both take Python integers and traced ones. ``schedule.target`` is the sparsity at which it ends.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+__all__ = ["Schedule", "alternating", "constant", "one_shot", "polynomial"]
+
+Step = int | jax.Array
+
+
+class Schedule(Protocol):
+    """What `prunax.prune` asks of a schedule: any object with these members will do."""
+
+    @property
+    def target(self) -> float:
+        """The final sparsity, a number in [0, 1]."""
+        ...
+
+    def __call__(self, step: Step) -> Any:
+        """The sparsity of the masks computed at `step`, in [0, 1]."""
+        ...
+
+    def is_update_step(self, step: Step) -> Any:
+        """Whether masks are recomputed at `step`, a bool scalar."""
+        ...
+
+
+@dataclass(frozen=True)
+class constant:  # noqa: N801 - schedules read like functions: polynomial(0.9, 0, 1000, every=10)
+    """The same sparsity throughout, with masks computed at step 0.
+
+    Attributes:
+        target: The sparsity, in [0, 1].
+        every: Recompute the masks every so many steps; None for never again.
+
+    Raises:
+        ValueError: If the sparsity is not in [0, 1] or `every` is not positive.
+
+    Examples:
+        >>> import prunax
+        >>> schedule = prunax.schedules.constant(0.9, every=100)
+        >>> schedule(7), schedule.is_update_step(7), schedule.is_update_step(200)
+        (0.9, False, True)
+    """
+
+    target: float
+    every: int | None = None
+
+    def __post_init__(self) -> None:
+        check_sparsity("constant", self.target)
+        if self.every is not None:
+            _check_steps("constant", every=self.every)
+
+    def __call__(self, step: Step) -> Any:
+        return _where(step == step, self.target, 0.0)
+
+    def is_update_step(self, step: Step) -> Any:
+        return step == 0 if self.every is None else step % self.every == 0
+
+
+@dataclass(frozen=True)
+class one_shot:  # noqa: N801
+    """Dense until a step, then pruned at once and fixed.
+
+    Attributes:
+        target: The sparsity from `step` on, in [0, 1].
+        step: The step at which masks are computed.
+
+    Raises:
+        ValueError: If the sparsity is not in [0, 1] or the step is negative.
+
+    Examples:
+        >>> import prunax
+        >>> schedule = prunax.schedules.one_shot(0.9, step=1000)
+        >>> schedule(999), schedule(1000), schedule.is_update_step(1001)
+        (0.0, 0.9, False)
+    """
+
+    target: float
+    step: int
+
+    def __post_init__(self) -> None:
+        check_sparsity("one_shot", self.target)
+        _check_steps("one_shot", step=self.step)
+
+    def __call__(self, step: Step) -> Any:
+        return _where(step >= self.step, self.target, 0.0)
+
+    def is_update_step(self, step: Step) -> Any:
+        return step == self.step
+
+
+@dataclass(frozen=True)
+class polynomial:  # noqa: N801
+    r"""Gradual pruning along a polynomial: fast at first, slow towards the target.
+
+    .. math:: s_t = s_f + (s_i - s_f) \left(1 - \frac{t - t_0}{t_1 - t_0}\right)^p
+
+    Attributes:
+        target: The final sparsity s_f, in [0, 1], reached exactly at `end_step`.
+        begin_step: The first update, t_0. Nothing is pruned before it.
+        end_step: The last update, t_1, whether or not `every` divides the span.
+        every: Steps from one update to the next.
+        power: The exponent p > 0; 3 is usual, 1 is linear.
+        initial: The sparsity s_i at `begin_step`, in [0, 1].
+
+    Raises:
+        ValueError: If a sparsity is not in [0, 1], the steps are negative or out of order, or power is not positive.
+
+    Examples:
+        >>> import prunax
+        >>> schedule = prunax.schedules.polynomial(0.8, begin_step=100, end_step=200, every=30)
+        >>> [round(schedule(step), 3) for step in (0, 100, 150, 200, 900)]
+        [0.0, 0.0, 0.7, 0.8, 0.8]
+        >>> [step for step in range(300) if schedule.is_update_step(step)]
+        [100, 130, 160, 190, 200]
+
+    References:
+        Zhu and Gupta, To prune, or not to prune, 2017, arXiv:1710.01878, equation 1.
+    """
+
+    target: float
+    begin_step: int
+    end_step: int
+    every: int
+    power: float = 3
+    initial: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_sparsity("polynomial", self.target)
+        check_sparsity("polynomial", self.initial, "initial")
+        _check_steps("polynomial", begin_step=self.begin_step, end_step=self.end_step, every=self.every)
+        if self.end_step <= self.begin_step:
+            raise ValueError(
+                f"polynomial: end_step must come after begin_step, got {self.begin_step} and {self.end_step}. "
+                f"To prune at a single step use schedules.one_shot."
+            )
+        if not self.power > 0:
+            raise ValueError(f"polynomial: power must be positive, got {self.power}.")
+
+    def __call__(self, step: Step) -> Any:
+        remaining = 1 - (step - self.begin_step) / (self.end_step - self.begin_step)
+        inside = (step >= self.begin_step) & (step < self.end_step)
+        base = _where(inside, remaining, 0.0)  # out of the span a negative base would have no real power
+        value = self.target + (self.initial - self.target) * base**self.power
+        return _where(step >= self.begin_step, value, 0.0)
+
+    def is_update_step(self, step: Step) -> Any:
+        due = ((step - self.begin_step) % self.every == 0) | (step == self.end_step)
+        return due & (step >= self.begin_step) & (step <= self.end_step)
+
+
+@dataclass(frozen=True)
+class alternating:  # noqa: N801
+    """AC/DC: compressed phases alternate with dense ones, and the end is compressed.
+
+    Attributes:
+        target: Sparsity of the compressed phases, in [0, 1].
+        begin_step: The first compressed phase begins here; training is dense before it.
+        end_step: The last compressed phase begins here and lasts.
+        compressed_steps: Length of a compressed phase; masks are computed at its first step and then fixed.
+        dense_steps: Length of a dense phase, in which every weight is free.
+
+    Raises:
+        ValueError: If the sparsity is not in [0, 1], or steps are negative, empty or out of order.
+
+    Examples:
+        >>> import prunax
+        >>> schedule = prunax.schedules.alternating(0.9, 10, 40, compressed_steps=10, dense_steps=5)
+        >>> [schedule(step) for step in (0, 10, 19, 20, 25, 36, 40, 99)]
+        [0.0, 0.9, 0.9, 0.0, 0.9, 0.0, 0.9, 0.9]
+        >>> [step for step in range(100) if schedule.is_update_step(step)]
+        [10, 20, 25, 35, 40]
+
+    References:
+        Peste et al., AC/DC: Alternating Compressed/DeCompressed Training of Deep Neural Networks, 2021,
+        arXiv:2106.12379, algorithm 1.
+    """
+
+    target: float
+    begin_step: int
+    end_step: int
+    compressed_steps: int
+    dense_steps: int
+
+    def __post_init__(self) -> None:
+        check_sparsity("alternating", self.target)
+        _check_steps("alternating", begin_step=self.begin_step, end_step=self.end_step)
+        if self.end_step < self.begin_step:
+            raise ValueError(
+                f"alternating: end_step must not come before begin_step, got {self.end_step} and {self.begin_step}."
+            )
+        if min(self.compressed_steps, self.dense_steps) < 1:
+            raise ValueError(
+                f"alternating: phases must last at least one step, got compressed_steps={self.compressed_steps}, "
+                f"dense_steps={self.dense_steps}."
+            )
+
+    def __call__(self, step: Step) -> Any:
+        phase = (step - self.begin_step) % (self.compressed_steps + self.dense_steps)
+        compressed = (step >= self.end_step) | (phase < self.compressed_steps)
+        return _where((step >= self.begin_step) & compressed, self.target, 0.0)
+
+    def is_update_step(self, step: Step) -> Any:
+        phase = (step - self.begin_step) % (self.compressed_steps + self.dense_steps)
+        due = (step < self.end_step) & ((phase == 0) | (phase == self.compressed_steps))
+        return (step >= self.begin_step) & (due | (step == self.end_step))
+
+
+def as_schedule(sparsity: Any) -> Schedule:
+    """Turn a number into `constant`, and pass a schedule through."""
+    if callable(sparsity) and hasattr(sparsity, "is_update_step"):
+        return sparsity
+    if callable(sparsity):
+        raise TypeError(
+            f"prune: sparsity must be a number or a schedule with `is_update_step`, got {sparsity!r}. "
+            f"See prunax.schedules."
+        )
+    return constant(sparsity)
+
+
+def check_sparsity(function: str, value: Any, name: str = "sparsity") -> None:
+    """Raise ValueError or TypeError unless a concrete sparsity is a number in [0, 1]."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{function}: {name} must be a number in [0, 1], got {value!r}.") from None
+    if not 0 <= number <= 1:
+        percent = f" Pass {number / 100:g} for {number:g}%." if 1 < number <= 100 else ""
+        raise ValueError(f"{function}: {name} must lie in [0, 1], got {value}.{percent}")
+
+
+def _check_steps(function: str, **steps: int) -> None:
+    for name, value in steps.items():
+        least = 1 if name == "every" else 0
+        if math.isnan(value) or value < least or value != int(value):
+            raise ValueError(f"{function}: {name} must be an integer of at least {least}, got {value}.")
+
+
+def _where(condition: Any, yes: Any, no: Any) -> Any:
+    """Choose between two numbers: at once for a Python condition, in float32 for an array."""
+    if isinstance(condition, bool):
+        return yes if condition else no
+    return jnp.where(condition, jnp.asarray(yes, jnp.float32), jnp.asarray(no, jnp.float32))

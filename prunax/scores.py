@@ -1,0 +1,163 @@
+"""Scores (saliencies): how much each weight matters. Larger means keep.
+
+A score is a function ``score(params, grads) -> scores``, so that any of them can be handed to `prunax.prune`, and a
+score tree has the structure of the params. Leaves that are not floating-point arrays get the scalar 0: no score, never
+pruned. A new score is a new function with that signature.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from prunax import trees
+
+__all__ = ["fisher", "gradient", "magnitude", "random", "saliency"]
+
+PyTree = Any
+
+
+def magnitude(params: PyTree, grads: PyTree | None = None) -> PyTree:
+    """Score each weight by its absolute value, |w|.
+
+    Args:
+        params: Pytree of arrays, any shapes.
+        grads: Not used; there so that every score is called alike.
+
+    Returns:
+        Scores of the params' structure, shapes and dtypes.
+
+    Examples:
+        >>> import jax.numpy as jnp, prunax
+        >>> prunax.scores.magnitude({"kernel": jnp.array([[-3.0, 2.0]])})
+        {'kernel': Array([[3., 2.]], dtype=float32)}
+
+    References:
+        Han et al., Learning both Weights and Connections for Efficient Neural Networks, 2015, arXiv:1506.02626.
+    """
+    del grads
+    return _score("magnitude", jnp.abs, params)
+
+
+def gradient(params: PyTree, grads: PyTree) -> PyTree:
+    """Score each weight by the absolute value of its gradient, |g|.
+
+    Args:
+        params: Pytree of arrays, any shapes.
+        grads: Gradients of the loss, the params' structure and shapes.
+
+    Returns:
+        Scores of the params' structure and shapes, in the gradients' dtypes.
+
+    Raises:
+        ValueError: If grads is missing or its structure is not that of the params.
+
+    Examples:
+        >>> import jax.numpy as jnp, prunax
+        >>> prunax.scores.gradient({"kernel": jnp.array([[1.0, 1.0]])}, {"kernel": jnp.array([[-3.0, 2.0]])})
+        {'kernel': Array([[3., 2.]], dtype=float32)}
+
+    References:
+        The growth criterion of Evci et al., Rigging the Lottery, 2020, arXiv:1911.11134, section 3.
+    """
+    return _score("gradient", lambda w, g: jnp.abs(g), params, grads)
+
+
+def saliency(params: PyTree, grads: PyTree) -> PyTree:
+    """Score each weight by |w * g|, the first-order change of the loss when it is removed.
+
+    Args:
+        params: Pytree of arrays, any shapes.
+        grads: Gradients of the loss, the params' structure and shapes.
+
+    Returns:
+        Scores of the params' structure and shapes.
+
+    Raises:
+        ValueError: If grads is missing or its structure is not that of the params.
+
+    Examples:
+        >>> import jax.numpy as jnp, prunax
+        >>> prunax.scores.saliency({"kernel": jnp.array([[2.0, 1.0]])}, {"kernel": jnp.array([[-3.0, 2.0]])})
+        {'kernel': Array([[6., 2.]], dtype=float32)}
+
+    References:
+        Molchanov et al., Pruning Convolutional Neural Networks for Resource Efficient Inference, 2017,
+        arXiv:1611.06440, equation 8.
+    """
+    return _score("saliency", lambda w, g: jnp.abs(w * g), params, grads)
+
+
+def fisher(params: PyTree, grads: PyTree | None = None, *, second_moment: PyTree | None = None) -> PyTree:
+    """Score each weight by w^2 E[g^2], the second-order change of the loss under the empirical Fisher diagonal.
+
+    Args:
+        params: Pytree of arrays, any shapes.
+        grads: Gradients of the loss, the params' structure and shapes. Their square stands in for the second moment
+            where none is given.
+        second_moment: A running mean of squared gradients, the params' structure and shapes: Adam's `nu`, say.
+
+    Returns:
+        Scores of the params' structure and shapes.
+
+    Raises:
+        ValueError: If neither grads nor second_moment is given, or its structure is not that of the params.
+
+    Examples:
+        >>> import jax.numpy as jnp, prunax
+        >>> prunax.scores.fisher({"kernel": jnp.array([[2.0, 1.0]])}, {"kernel": jnp.array([[-3.0, 2.0]])})
+        {'kernel': Array([[36.,  4.]], dtype=float32)}
+
+    References:
+        LeCun et al., Optimal Brain Damage, 1989, equation 5, with the Fisher diagonal of Theis et al., Faster Gaze
+        Prediction with Dense Networks and Fisher Pruning, 2018, arXiv:1801.05787, equation 6 (constant factor left out).
+    """
+    if second_moment is not None:
+        return _score("fisher", lambda w, f: jnp.square(w) * f, params, second_moment)
+    return _score("fisher", lambda w, g: jnp.square(w) * jnp.square(g), params, grads)
+
+
+def random(params: PyTree, grads: PyTree | None = None, *, key: jax.Array) -> PyTree:
+    """Score each weight by an independent uniform number in [0, 1): the baseline for any other score.
+
+    Args:
+        params: Pytree of arrays, any shapes.
+        grads: Not used; there so that every score is called alike.
+        key: A JAX random key. The same key gives the same scores, so that masks of growing sparsity are nested.
+
+    Returns:
+        float32 scores of the params' structure and shapes.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, prunax
+        >>> prunax.scores.random({"kernel": jnp.ones((2, 3))}, key=jax.random.key(0))["kernel"].shape
+        (2, 3)
+    """
+    del grads
+    leaves, treedef = jax.tree.flatten(params)
+    keys = jax.random.split(key, max(len(leaves), 1))
+    return treedef.unflatten(
+        jax.random.uniform(k, leaf.shape) if _is_float(leaf) else _no_score()
+        for k, leaf in zip(keys, leaves, strict=False)
+    )
+
+
+def _score(name: str, function: Any, params: PyTree, other: PyTree | None = ...) -> PyTree:
+    """Map a formula over the floating-point leaves of the params and of a tree like them."""
+    leaves, treedef = jax.tree.flatten(params)
+    if other is ...:
+        return treedef.unflatten(function(leaf) if _is_float(leaf) else _no_score() for leaf in leaves)
+    if other is None:
+        raise ValueError(f"scores.{name}: needs gradients, got None. Call scores.{name}(params, grads).")
+    others = trees.leaves_like(f"scores.{name}", "gradients", other, params)
+    return treedef.unflatten(
+        function(leaf, o) if _is_float(leaf) else _no_score() for leaf, o in zip(leaves, others, strict=True)
+    )
+
+
+def _is_float(leaf: Any) -> bool:
+    return trees.is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def _no_score() -> jax.Array:
+    return jnp.zeros((), jnp.float32)

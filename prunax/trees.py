@@ -1,0 +1,153 @@
+"""Paths, predicates and structure checks for parameter pytrees.
+
+Every path in prunax is spelled here, once: ``encoder/0/kernel``.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import GetAttrKey, KeyPath
+
+__all__ = ["is_kernel", "path_name", "paths"]
+
+PyTree = Any
+Where = Callable[[str, Any], bool]
+
+# The last part of a path that names something other than a connection between units. Stacking layers for `scan`
+# makes biases two-dimensional, so the name decides and not the rank alone.
+_NOT_KERNELS = frozenset(
+    "b bias biases scale scales offset mean var embedding embeddings pos_embedding".split()
+)
+
+
+def path_name(path: KeyPath) -> str:
+    """Spell a JAX key path the way prunax does everywhere.
+
+    Args:
+        path: A key path as given by `jax.tree_util.tree_flatten_with_path`.
+
+    Returns:
+        The parts joined by ``/``. The box that Flax puts around an array (`nnx.Param`, `nn.Partitioned`) adds no part.
+
+    Examples:
+        >>> import jax, prunax
+        >>> leaves, _ = jax.tree_util.tree_flatten_with_path({"encoder": [{"kernel": 1.0}]})
+        >>> prunax.trees.path_name(leaves[0][0])
+        'encoder/0/kernel'
+    """
+    if len(path) > 1 and path[-1] == GetAttrKey("value"):
+        path = path[:-1]
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def paths(tree: PyTree) -> list[str]:
+    """List the path of every leaf in tree order.
+
+    Args:
+        tree: Any pytree.
+
+    Returns:
+        One path a leaf, as `path_name` spells it.
+
+    Examples:
+        >>> import prunax
+        >>> prunax.trees.paths({"dense": {"kernel": 1.0, "bias": 2.0}})
+        ['dense/bias', 'dense/kernel']
+    """
+    return [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+
+
+def is_kernel(path: str, leaf: Any) -> bool:
+    """Say whether a leaf is a weight matrix or a convolution kernel: the default choice of what to prune.
+
+    Args:
+        path: The leaf's path, ``encoder/0/kernel``.
+        leaf: An array of any shape and dtype.
+
+    Returns:
+        True for a floating-point array of two or more axes whose name is not that of a bias, a normalisation
+        parameter or statistic, or an embedding.
+
+    Examples:
+        >>> import jax.numpy as jnp, prunax
+        >>> prunax.trees.is_kernel("dense/kernel", jnp.ones((3, 4)))
+        True
+        >>> prunax.trees.is_kernel("layers/bias", jnp.ones((12, 4)))
+        False
+    """
+    name = path.rsplit("/", 1)[-1].lower()
+    return jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.ndim >= 2 and name not in _NOT_KERNELS
+
+
+def is_array(leaf: Any) -> bool:
+    """Say whether a leaf has a shape and a dtype: a JAX or NumPy array, a tracer, or an abstract array."""
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def is_traced(*leaves: Any) -> bool:
+    """Say whether any leaf is being traced, so that its values cannot be looked at."""
+    return any(isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct) for leaf in leaves)
+
+
+def select(params: PyTree, where: Where) -> tuple[list[str], list[Any], list[int], Any]:
+    """Flatten params and choose the leaves to prune.
+
+    Args:
+        params: Any pytree of arrays; leaves that are not arrays are never chosen.
+        where: ``where(path, leaf) -> bool``.
+
+    Returns:
+        ``(paths, leaves, indices, treedef)``: all paths and leaves in tree order, and the indices of the chosen ones.
+    """
+    flat, treedef = jax.tree_util.tree_flatten_with_path(params)
+    names = [path_name(path) for path, _ in flat]
+    leaves = [leaf for _, leaf in flat]
+    indices = [
+        i for i, (name, leaf) in enumerate(zip(names, leaves, strict=True)) if is_array(leaf) and where(name, leaf)
+    ]
+    return names, leaves, indices, treedef
+
+
+def leaves_like(function: str, noun: str, tree: PyTree, params: PyTree) -> list[Any]:
+    """Flatten a tree that must have the structure of the params.
+
+    Args:
+        function: The public function that asks, named in the error.
+        noun: What the tree is, named in the error.
+        tree: The tree to flatten.
+        params: The tree whose structure it must have.
+
+    Returns:
+        The leaves of `tree` in tree order, one for each leaf of `params`.
+
+    Raises:
+        ValueError: Naming the first path at which the two trees differ.
+    """
+    if jax.tree.structure(tree) == jax.tree.structure(params):
+        return jax.tree.leaves(tree)
+    ours, theirs = paths(params), paths(tree)
+    missing = [path for path in ours if path not in set(theirs)]
+    extra = [path for path in theirs if path not in set(ours)]
+    if missing:
+        difference = f"{missing[0]!r} is missing from the {noun}"
+    elif extra:
+        difference = f"{extra[0]!r} of the {noun} is not in the params"
+    else:
+        difference = f"the containers differ: {jax.tree.structure(tree)} against {jax.tree.structure(params)}"
+    raise ValueError(
+        f"{function}: the {noun} must have the tree structure of the params, but {difference}. "
+        f"Build them from the same params, with the same framework's containers."
+    )
+
+
+def keep_all() -> jax.Array:
+    """Make the mask of a leaf that is not prunable: the scalar True."""
+    return jnp.ones((), jnp.bool_)
+
+
+def is_prunable(mask: Any, leaf: Any) -> bool:
+    """Say whether a leaf's mask (or score) is one of its own, not the 0-d one of a leaf that is left alone."""
+    return np.shape(mask) == np.shape(leaf) and (np.ndim(leaf) > 0 or is_array(leaf))
