@@ -1,8 +1,8 @@
 """Allocations: how an overall sparsity becomes pools of leaves with budgets.
 
 An allocation is a function ``allocation(leaves, sparsity) -> Allocation``. It sees what is static about each prunable
-leaf, and a sparsity that may be a number or traced, and says which leaves compete in one pool, how many units each pool
-loses, and whether scores are rescaled first. Any function with that signature will do.
+leaf, and a sparsity that may be a number or traced, and says which leaves compete in one pool, how many units each
+pool loses, and whether scores are rescaled first. Any function with that signature will do.
 """
 
 import fnmatch
@@ -16,7 +16,16 @@ import numpy as np
 
 from prunax import schedules, selection, trees
 
-__all__ = ["Allocation", "Leaf", "Pool", "by_path", "erdos_renyi", "global_ranking", "lamp", "uniform"]
+__all__ = [
+    "Allocation",
+    "Leaf",
+    "Pool",
+    "by_path",
+    "erdos_renyi",
+    "global_ranking",
+    "lamp",
+    "uniform",
+]
 
 
 class Leaf(NamedTuple):
@@ -52,8 +61,8 @@ class Allocation(NamedTuple):
 
     Attributes:
         pools: Disjoint pools. Leaves in none of them are kept whole.
-        rescale: A function applied to the unit scores of each leaf before they are ranked, or None. It must be the same
-            object in every call, since it is a static argument of the compiled selection.
+        rescale: A function applied to the unit scores of each leaf before they are ranked, or None. It must be the
+            same object in every call, since it is a static argument of the compiled selection.
     """
 
     pools: tuple[Pool, ...]
@@ -158,7 +167,9 @@ def erdos_renyi(leaves: Sequence[Leaf], sparsity: Any) -> Allocation:
     """
     sizes = np.array([np.prod(leaf.shape, dtype=np.float64) for leaf in leaves])
     share = sizes / max(sizes.sum(), 1.0)
-    raw = np.array([sum(leaf.shape) / max(np.prod(leaf.shape, dtype=np.float64), 1.0) for leaf in leaves])
+    raw = np.array(
+        [sum(leaf.shape) / max(np.prod(leaf.shape, dtype=np.float64), 1.0) for leaf in leaves]
+    )
     # Fill the leaves with the largest raw densities first. With the first j of them kept whole, the others get
     # scale_j * raw; the right j is the first whose densities all stay within 1.
     order = np.argsort(-raw, kind="stable")
@@ -167,7 +178,9 @@ def erdos_renyi(leaves: Sequence[Leaf], sparsity: Any) -> Allocation:
     rest = np.cumsum(weight[::-1])[::-1]
     xp = jnp if trees.is_traced(sparsity) else np
     cast = (lambda x: jnp.asarray(x, jnp.float32)) if xp is jnp else np.asarray
-    scale = xp.maximum((1 - sparsity) - cast(filled), 0) / cast(np.maximum(rest, 1e-300 if xp is np else 1e-30))
+    scale = xp.maximum((1 - sparsity) - cast(filled), 0) / cast(
+        np.maximum(rest, 1e-300 if xp is np else 1e-30)
+    )
     fits = scale * cast(raw[order]) <= 1
     scale = xp.where(xp.any(fits), scale[xp.argmax(fits)], cast(np.inf))
     density = xp.where(sparsity <= 0, cast(1.0), xp.minimum(scale * cast(raw), cast(1.0)))
@@ -175,13 +188,13 @@ def erdos_renyi(leaves: Sequence[Leaf], sparsity: Any) -> Allocation:
 
 
 @dataclass(frozen=True, init=False)
-class by_path:  # noqa: N801 - an allocation, called like the others
+class by_path:
     """Give leaves their sparsities by name.
 
     Attributes:
         sparsities: ``(pattern, sparsity)`` pairs from the mapping given: a pattern is a path or a glob, as in
-            ``{"encoder/*": 0.9, "head/kernel": 0.5}``, and the first that matches a leaf counts. Leaves that none matches
-            get the overall sparsity of the call, and are kept whole where that is None.
+            ``{"encoder/*": 0.9, "head/kernel": 0.5}``, and the first that matches a leaf counts. Leaves that none
+            matches get the overall sparsity of the call, and are kept whole where that is None.
 
     The sparsities are constants: under a schedule, which moves the overall sparsity, a named leaf has its own from the
     first update on.
@@ -222,7 +235,9 @@ class by_path:  # noqa: N801 - an allocation, called like the others
 
 
 def _pool(leaves: Sequence[Leaf], indices: tuple[int, ...], sparsity: Any) -> Pool:
-    return Pool(indices, sparsity, selection.num_pruned(sparsity, sum(leaves[i].num_units for i in indices)))
+    return Pool(
+        indices, sparsity, selection.num_pruned(sparsity, sum(leaves[i].num_units for i in indices))
+    )
 
 
 def _unit_rms(scores: jax.Array) -> jax.Array:

@@ -1,8 +1,8 @@
 """Masks from parameters, and parameters under masks.
 
-A mask tree has exactly the structure of the params. A prunable leaf has a bool array of its shape, True = the weight is
-kept; every other leaf has the scalar True. So ``jax.tree.map(lambda p, m: jnp.where(m, p, 0), params, masks)`` works
-with no special case.
+A mask tree has exactly the structure of the params. A prunable leaf has a bool array of its shape, True = the weight
+is kept; every other leaf has the scalar True. So ``jax.tree.map(lambda p, m: jnp.where(m, p, 0), params, masks)``
+works with no special case.
 """
 
 import functools
@@ -39,10 +39,10 @@ def compute_masks(
     Args:
         params: Pytree of arrays: dicts, Flax, NNX, Equinox, Haiku, anything that JAX flattens. Any floating dtype.
         sparsity: Fraction of the prunable weights to remove, in [0, 1]. May be traced: a new value never recompiles.
-            A pool of n units loses exactly ``round(sparsity * n)``, halves rounded to even. Leave it out with `threshold`,
-            with a pattern that fixes it (`patterns.NM`), or with `allocation.by_path`.
-        scores: Tree of the params' structure, larger = keep; |w| where left out. A leaf's score has the leaf's shape, or
-            is a scalar, which means that the leaf is never pruned.
+            A pool of n units loses exactly ``round(sparsity * n)``, halves rounded to even. Leave it out with
+            `threshold`, with a pattern that fixes it (`patterns.NM`), or with `allocation.by_path`.
+        scores: Tree of the params' structure, larger = keep; |w| where left out. A leaf's score has the leaf's shape,
+            or is a scalar, which means that the leaf is never pruned.
         threshold: Keep the units with |score| > threshold instead of a given number: what an L1 penalty drove to zero
             has |w| <= 0.
         allocation: How the sparsity is shared out among leaves, from `prunax.allocation`.
@@ -50,14 +50,14 @@ def compute_masks(
         where: ``where(path, leaf) -> bool`` chooses the prunable leaves.
 
     Returns:
-        A mask tree of the params' structure: bool arrays, True = kept, for prunable leaves; the scalar True for others.
-        Ties go to the lower flat index (kept first), leaves in tree order; the result is the same eager, jitted,
-        vmapped and sharded. Masks have the params' sharding.
+        A mask tree of the params' structure: bool arrays, True = kept, for prunable leaves; the scalar True for
+        others. Ties go to the lower flat index (kept first), leaves in tree order; the result is the same eager,
+        jitted, vmapped and sharded. Masks have the params' sharding.
 
     Raises:
-        ValueError: If the sparsity is outside [0, 1], nothing is selected, the scores do not fit the params, a score is
-            NaN (when its value is known: under tracing NaN ranks lowest), or the pattern does not fit a leaf. The message
-            names the leaf.
+        ValueError: If the sparsity is outside [0, 1], nothing is selected, the scores do not fit the params, a score
+            is NaN (when its value is known: under tracing NaN ranks lowest), or the pattern does not fit a leaf. The
+            message names the leaf.
         TypeError: If an argument is of the wrong kind.
 
     Examples:
@@ -88,9 +88,14 @@ def compute_masks(
         kept, has_nan = _above_threshold(chosen, threshold, pattern=pattern)
     else:
         budgets, structure = plan(
-            [(names[i], leaves[i].shape) for i in indices], sparsity, allocation=allocation, pattern=pattern
+            [(names[i], leaves[i].shape) for i in indices],
+            sparsity,
+            allocation=allocation,
+            pattern=pattern,
         )
-        kept, has_nan = _select(chosen, budgets, magnitude=scores is None, pattern=pattern, structure=structure)
+        kept, has_nan = _select(
+            chosen, budgets, magnitude=scores is None, pattern=pattern, structure=structure
+        )
     if not trees.is_traced(*has_nan):
         bad = [names[i] for i, flag in zip(indices, jax.device_get(has_nan), strict=True) if flag]
         if bad:
@@ -112,8 +117,8 @@ def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
         masks: A mask tree of the same structure: bool, True = kept; each mask has its leaf's shape or is a scalar.
 
     Returns:
-        The params with exactly 0.0 where the mask is False, dtypes kept. Weights are replaced, not multiplied: a pruned
-        NaN or infinity becomes zero as well.
+        The params with exactly 0.0 where the mask is False, dtypes kept. Weights are replaced, not multiplied: a
+        pruned NaN or infinity becomes zero as well.
 
     Raises:
         ValueError: If the structures or shapes differ, naming the leaf.
@@ -135,8 +140,8 @@ def straight_through(params: PyTree, masks: PyTree) -> PyTree:
         masks: A mask tree of the same structure, True = kept.
 
     Returns:
-        The masked params. Differentiated, the function is the identity: pruned weights get the gradient that they would
-        have had at zero, so that they can come back.
+        The masked params. Differentiated, the function is the identity: pruned weights get the gradient that they
+        would have had at zero, so that they can come back.
 
     Raises:
         ValueError: If the structures or shapes differ, naming the leaf.
@@ -157,7 +162,11 @@ def straight_through(params: PyTree, masks: PyTree) -> PyTree:
 
 
 def select_masks(
-    score_leaves: Sequence[jax.Array], budgets: Sequence[Any], *, pattern: patterns.Pattern, structure: Structure
+    score_leaves: Sequence[jax.Array],
+    budgets: Sequence[Any],
+    *,
+    pattern: patterns.Pattern,
+    structure: Structure,
 ) -> list[jax.Array]:
     """Rank the scores of the prunable leaves within a plan's budgets. For use inside jit.
 
@@ -184,7 +193,11 @@ def select_masks(
 
 
 def plan(
-    leaves: Sequence[tuple[str, tuple[int, ...]]], sparsity: Any, *, allocation: Any, pattern: patterns.Pattern
+    leaves: Sequence[tuple[str, tuple[int, ...]]],
+    sparsity: Any,
+    *,
+    allocation: Any,
+    pattern: patterns.Pattern,
 ) -> tuple[list[Any], Structure]:
     """Ask the allocation for pools and turn their sparsities into numbers of units.
 
@@ -195,16 +208,19 @@ def plan(
         pattern: The pattern.
 
     Returns:
-        ``(budgets, structure)``. A budget is the number of units that a pool loses (each slice of it, where the pattern
-        compares along an axis): values that jit may trace. The structure is hashable: the leaf indices of each pool,
-        and the rescaling.
+        ``(budgets, structure)``. A budget is the number of units that a pool loses (each slice of it, where the
+        pattern compares along an axis): values that jit may trace. The structure is hashable: the leaf indices of
+        each pool, and the rescaling.
 
     Raises:
         ValueError: If the pattern compares along an axis and the allocation ranks across leaves.
     """
     if sparsity is None:
         sparsity = pattern.max_sparsity
-    infos = [allocations.Leaf(path, shape, math.prod(pattern.unit_shape(shape))) for path, shape in leaves]
+    infos = [
+        allocations.Leaf(path, shape, math.prod(pattern.unit_shape(shape)))
+        for path, shape in leaves
+    ]
     pools, rescale = allocation(infos, sparsity)
     if pattern.compare_axis is None:
         budgets = [selection.as_count(pool.num_pruned) for pool in pools]
@@ -219,6 +235,7 @@ def plan(
 
 
 def _slice_budget(pattern: patterns.Pattern, sparsity: Any, leaf: allocations.Leaf) -> Any:
+    assert pattern.compare_axis is not None
     length = pattern.unit_shape(leaf.shape)[pattern.compare_axis]
     budget = selection.num_pruned(sparsity, length)
     if pattern.max_sparsity is None:
@@ -236,7 +253,12 @@ def _slice_budget(pattern: patterns.Pattern, sparsity: Any, leaf: allocations.Le
 
 @functools.partial(jax.jit, static_argnames=("magnitude", "pattern", "structure"))
 def _select(
-    leaves: list[jax.Array], budgets: Any, *, magnitude: bool, pattern: patterns.Pattern, structure: Structure
+    leaves: list[jax.Array],
+    budgets: Any,
+    *,
+    magnitude: bool,
+    pattern: patterns.Pattern,
+    structure: Structure,
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     score_leaves = score_functions.magnitude(leaves) if magnitude else leaves
     return (
@@ -253,15 +275,21 @@ def _above_threshold(
     return kept, [jnp.any(jnp.isnan(s)) for s in leaves]
 
 
-def _check_request(sparsity: Any, threshold: Any, allocation: Any, pattern: patterns.Pattern) -> None:
+def _check_request(
+    sparsity: Any, threshold: Any, allocation: Any, pattern: patterns.Pattern
+) -> None:
     fixed = pattern.max_sparsity is not None or isinstance(allocation, allocations.by_path)
     if threshold is not None:
         if sparsity is not None:
             raise ValueError("compute_masks: got both sparsity and threshold. Pass one of them.")
         if pattern.compare_axis is not None:
-            raise ValueError(f"compute_masks: {pattern} keeps a given number of weights and takes no threshold.")
+            raise ValueError(
+                f"compute_masks: {pattern} keeps a given number of weights and takes no threshold."
+            )
         if not trees.is_traced(threshold) and not float(threshold) >= 0:
-            raise ValueError(f"compute_masks: threshold must be a number of at least 0, got {threshold}.")
+            raise ValueError(
+                f"compute_masks: threshold must be a number of at least 0, got {threshold}."
+            )
     elif sparsity is None:
         if not fixed:
             raise ValueError("compute_masks: pass a sparsity in [0, 1], or threshold=.")
@@ -273,18 +301,24 @@ def _check_request(sparsity: Any, threshold: Any, allocation: Any, pattern: patt
         )
 
 
-def check_pattern(function: str, pattern: patterns.Pattern, leaves: Sequence[tuple[str, tuple[int, ...]]]) -> None:
+def check_pattern(
+    function: str, pattern: patterns.Pattern, leaves: Sequence[tuple[str, tuple[int, ...]]]
+) -> None:
     for path, shape in leaves:
         problem = pattern.check(shape)
         if problem is not None:
-            raise ValueError(f"{function}: {pattern} does not fit {path!r} of shape {shape}: {problem}.")
+            raise ValueError(
+                f"{function}: {pattern} does not fit {path!r} of shape {shape}: {problem}."
+            )
 
 
 def _given_scores(
     scores: PyTree, params: PyTree, names: list[str], leaves: list[Any], indices: list[int]
 ) -> tuple[list[Any], list[int]]:
     if callable(scores) and not jax.tree.leaves(scores, is_leaf=trees.is_array):
-        raise TypeError(f"compute_masks: scores must be a tree, got {scores!r}. Call it: scores=score(params, grads).")
+        raise TypeError(
+            f"compute_masks: scores must be a tree, got {scores!r}. Call it: scores=score(params, grads)."
+        )
     score_leaves = trees.leaves_like("compute_masks", "scores", scores, params)
     scored = []
     for i in indices:
@@ -310,11 +344,15 @@ def _given_scores(
     return score_leaves, scored
 
 
-def _map_masked(function: str, mask_leaf: Callable[[Any, Any], Any], params: PyTree, masks: PyTree) -> PyTree:
+def _map_masked(
+    function: str, mask_leaf: Callable[[Any, Any], Any], params: PyTree, masks: PyTree
+) -> PyTree:
     mask_leaves = trees.leaves_like(function, "masks", masks, params)
     names, (leaves, treedef) = trees.paths(params), jax.tree.flatten(params)
     for name, leaf, mask in zip(names, leaves, mask_leaves, strict=True):
-        dtype = getattr(mask, "dtype", np.dtype(type(mask)) if isinstance(mask, bool) else type(mask))
+        dtype = getattr(
+            mask, "dtype", np.dtype(type(mask)) if isinstance(mask, bool) else type(mask)
+        )
         if dtype != np.bool_:
             raise TypeError(
                 f"{function}: the mask of {name!r} must be bool, got {dtype}. Unpack packed masks with "
@@ -326,23 +364,24 @@ def _map_masked(function: str, mask_leaf: Callable[[Any, Any], Any], params: PyT
                 f"A mask has its leaf's shape or is the scalar True."
             )
     return treedef.unflatten(
-        mask_leaf(leaf, mask) if _is_number(leaf) else leaf for leaf, mask in zip(leaves, mask_leaves, strict=True)
+        mask_leaf(leaf, mask) if _is_number(leaf) else leaf
+        for leaf, mask in zip(leaves, mask_leaves, strict=True)
     )
 
 
 def _is_number(leaf: Any) -> bool:
-    return trees.is_array(leaf) and (jnp.issubdtype(leaf.dtype, jnp.number) or leaf.dtype == jnp.bool_)
+    return trees.is_array(leaf) and (
+        jnp.issubdtype(leaf.dtype, jnp.number) or leaf.dtype == jnp.bool_
+    )
 
 
 def _zero(leaf: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.where(mask, leaf, jnp.zeros((), leaf.dtype))
 
 
-@jax.custom_jvp
-def _zero_straight_through(leaf: jax.Array, mask: jax.Array) -> jax.Array:
-    return _zero(leaf, mask)
-
-
-@_zero_straight_through.defjvp
 def _pass_tangent(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[Any, Any]:
     return _zero(*primals), tangents[0]
+
+
+_zero_straight_through = jax.custom_jvp(_zero)
+_zero_straight_through.defjvp(_pass_tangent)

@@ -1,8 +1,8 @@
 """One bit a weight: bool arrays packed into bytes as bit planes.
 
-The rows of an array along its packing axis are cut into eight equal planes, and byte r holds row r of every plane, plane
-j in bit j. Unpacking is then eight shifts of contiguous memory, which XLA fuses into whatever reads the mask. Packing
-along the minor axis would interleave neighbours and defeat vectorisation.
+The rows of an array along its packing axis are cut into eight equal planes, and byte r holds row r of every plane,
+plane j in bit j. Unpacking is then eight shifts of contiguous memory, which XLA fuses into whatever reads the mask.
+Packing along the minor axis would interleave neighbours and defeat vectorisation.
 """
 
 import jax

@@ -1,9 +1,9 @@
 """Patterns: which weights are removed together, and which are compared with each other.
 
 A pattern pools the scores of one leaf into the scores of *units*, and expands the mask of the units back to the leaf.
-`compare_axis` says which units compete: None for all units of a pool (across leaves, as the allocation says), or an axis
-of the unit scores along which every slice is a contest of its own. A new pattern is a new frozen dataclass with these
-members.
+`compare_axis` says which units compete: None for all units of a pool (across leaves, as the allocation says), or an
+axis of the unit scores along which every slice is a contest of its own. A new pattern is a new frozen dataclass with
+these members.
 
 prunax counts axes as Flax does: a kernel is ``(..., in, out)``, a convolution ``(height, width, in, out)``.
 """
@@ -135,10 +135,10 @@ class ConstantFanIn:
 
 @dataclass(frozen=True)
 class NM:
-    """N:M sparsity: **keep** n of every m consecutive weights along the reduction axis. ``NM(2, 4)`` is what sparse
-    tensor cores run.
+    """N:M sparsity: **keep** n of every m consecutive weights along the reduction axis.
 
-    Beware of libraries in which "1:4" means one weight zeroed, or which group along the output axis.
+    ``NM(2, 4)`` is what sparse tensor cores run. Beware of libraries in which "1:4" means one
+    weight zeroed, or which group along the output axis.
 
     Attributes:
         n: Weights kept in each group, 0 <= n <= m.
@@ -146,8 +146,8 @@ class NM:
         axis: The reduction axis, along which groups run: -2 for a Flax kernel ``(..., in, out)`` and for a convolution
             ``(height, width, in, out)``; -1 for a weight stored as ``(out, in)`` (PyTorch, Equinox).
 
-    Under a schedule, sparsities below ``1 - n/m`` prune ``round(sparsity * m)`` weights of each group, so that NM(2, 4)
-    goes through 4:4 and 3:4.
+    Under a schedule, sparsities below ``1 - n/m`` prune ``round(sparsity * m)`` weights of each group, so that NM(2,
+    4) goes through 4:4 and 3:4.
 
     Raises:
         ValueError: If not 0 <= n <= m.
@@ -230,10 +230,16 @@ class Block:
 
     def __post_init__(self) -> None:
         if len(self.shape) != 2 or min(self.shape) < 1:
-            raise ValueError(f"Block: needs two positive lengths (height, width), got {self.shape}.")
+            raise ValueError(
+                f"Block: needs two positive lengths (height, width), got {self.shape}."
+            )
 
     def check(self, shape: Shape) -> str | None:
-        return None if len(shape) >= 2 else f"blocks tile the last two axes, and the shape {shape} has fewer"
+        return (
+            None
+            if len(shape) >= 2
+            else f"blocks tile the last two axes, and the shape {shape} has fewer"
+        )
 
     def unit_shape(self, shape: Shape) -> Shape:
         (h, w), (rows, columns) = self.shape, shape[-2:]
@@ -241,10 +247,14 @@ class Block:
 
     def pool(self, scores: jax.Array) -> jax.Array:
         window = (1,) * (scores.ndim - 2) + self.shape
-        padding = [(0, 0)] * (scores.ndim - 2) + [(0, -n % b) for n, b in zip(scores.shape[-2:], self.shape, strict=True)]
+        padding = [(0, 0)] * (scores.ndim - 2) + [
+            (0, -n % b) for n, b in zip(scores.shape[-2:], self.shape, strict=True)
+        ]
 
         def total(x: jax.Array) -> jax.Array:
-            return jax.lax.reduce_window(x, jnp.zeros((), x.dtype), jax.lax.add, window, window, padding)
+            return jax.lax.reduce_window(
+                x, jnp.zeros((), x.dtype), jax.lax.add, window, window, padding
+            )
 
         x = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
         return total(x) / total(jnp.ones_like(x))
@@ -257,17 +267,21 @@ class Block:
 
 @dataclass(frozen=True)
 class Channel:
-    """Whole slices of a leaf at one index of an axis: filters, channels, neurons. The score is the mean of the slice's.
+    """Whole slices of a leaf at one index of an axis: filters, channels, neurons.
+
+    The score of a slice is the mean of its weights' scores.
 
     Attributes:
-        axis: The axis whose indices are kept or removed: -1 for the output channels of a Flax kernel, -2 for the inputs.
+        axis: The axis whose indices are kept or removed: -1 for the output channels of a Flax
+            kernel, -2 for the inputs.
 
     This masks one leaf. To make the network physically smaller, following the channel through every layer that shares
     it, is the task of structural pruning.
 
     Examples:
         >>> import jax.numpy as jnp, prunax
-        >>> prunax.compute_masks({"kernel": jnp.array([[1.0, 2.0], [1.0, 2.0]])}, 0.5, pattern=prunax.patterns.Channel())
+        >>> kernel = jnp.array([[1.0, 2.0], [1.0, 2.0]])
+        >>> prunax.compute_masks({"kernel": kernel}, 0.5, pattern=prunax.patterns.Channel())
         {'kernel': Array([[False,  True],
                [False,  True]], dtype=bool)}
 

@@ -84,7 +84,10 @@ class Summary:
             "prunable": {"weights", "kept", "sparsity"}, "total": {"weights", "kept", "sparsity"}}``.
         """
         return {
-            "leaves": [asdict(leaf) | {"shape": list(leaf.shape), "sparsity": leaf.sparsity} for leaf in self.leaves],
+            "leaves": [
+                asdict(leaf) | {"shape": list(leaf.shape), "sparsity": leaf.sparsity}
+                for leaf in self.leaves
+            ],
             "prunable": {"weights": self.weights, "kept": self.kept, "sparsity": self.sparsity},
             "total": {
                 "weights": self.parameters,
@@ -103,11 +106,17 @@ class Summary:
         for leaf in self.leaves:
             sparsity = f"{leaf.sparsity:.2%}" if leaf.prunable else "-"
             shape = " x ".join(map(str, leaf.shape)) or "scalar"
-            table.add_row(leaf.path, shape, leaf.dtype, f"{leaf.weights:,}", f"{leaf.kept:,}", sparsity)
+            table.add_row(
+                leaf.path, shape, leaf.dtype, f"{leaf.weights:,}", f"{leaf.kept:,}", sparsity
+            )
         table.add_section()
-        table.add_row("prunable", "", "", f"{self.weights:,}", f"{self.kept:,}", f"{self.sparsity:.2%}")
+        table.add_row(
+            "prunable", "", "", f"{self.weights:,}", f"{self.kept:,}", f"{self.sparsity:.2%}"
+        )
         total = _sparsity(self.parameters, self.parameters_kept)
-        table.add_row("total", "", "", f"{self.parameters:,}", f"{self.parameters_kept:,}", f"{total:.2%}")
+        table.add_row(
+            "total", "", "", f"{self.parameters:,}", f"{self.parameters_kept:,}", f"{total:.2%}"
+        )
         return table
 
     def __str__(self) -> str:
@@ -123,8 +132,8 @@ def summarize(params: PyTree, masks: PyTree | None = None) -> Summary:
 
     Args:
         params: Pytree of arrays; leaves that are not arrays are left out.
-        masks: Mask tree of the params' structure, True = kept. Without it a weight counts as kept where it is not zero,
-            and the kernels (`trees.is_kernel`) count as prunable.
+        masks: Mask tree of the params' structure, True = kept. Without it a weight counts as kept where it is not
+            zero, and the kernels (`trees.is_kernel`) count as prunable.
 
     Returns:
         A `Summary`: ``print(summary)`` shows a table, ``summary.sparsity`` the realised sparsity, and
@@ -141,7 +150,11 @@ def summarize(params: PyTree, masks: PyTree | None = None) -> Summary:
         (6, 0.7)
     """
     names, leaves = trees.paths(params), jax.tree.leaves(params)
-    mask_leaves = [None] * len(leaves) if masks is None else trees.leaves_like("summarize", "masks", masks, params)
+    mask_leaves = (
+        [None] * len(leaves)
+        if masks is None
+        else trees.leaves_like("summarize", "masks", masks, params)
+    )
     rows = []
     for name, leaf, mask in zip(names, leaves, mask_leaves, strict=True):
         if not trees.is_array(leaf):

@@ -1,7 +1,8 @@
 """Schedules: sparsity over training steps, and the steps at which masks are recomputed.
 
-A schedule is a frozen value. ``schedule(step)`` is the sparsity and ``schedule.is_update_step(step)`` says whether masks
-change at that step; both take Python integers and traced ones. ``schedule.target`` is the sparsity at which it ends.
+A schedule is a frozen value. ``schedule(step)`` is the sparsity and ``schedule.is_update_step(step)`` says whether
+masks change at that step; both take Python integers and traced ones. ``schedule.target`` is the sparsity at which it
+ends.
 """
 
 import math
@@ -34,7 +35,7 @@ class Schedule(Protocol):
 
 
 @dataclass(frozen=True)
-class constant:  # noqa: N801 - schedules read like functions: polynomial(0.9, 0, 1000, every=10)
+class constant:
     """The same sparsity throughout, with masks computed at step 0.
 
     Attributes:
@@ -67,7 +68,7 @@ class constant:  # noqa: N801 - schedules read like functions: polynomial(0.9, 0
 
 
 @dataclass(frozen=True)
-class one_shot:  # noqa: N801
+class one_shot:
     """Dense until a step, then pruned at once and fixed.
 
     Attributes:
@@ -99,7 +100,7 @@ class one_shot:  # noqa: N801
 
 
 @dataclass(frozen=True)
-class polynomial:  # noqa: N801
+class polynomial:
     r"""Gradual pruning along a polynomial: fast at first, slow towards the target.
 
     .. math:: s_t = s_f + (s_i - s_f) \left(1 - \frac{t - t_0}{t_1 - t_0}\right)^p
@@ -137,7 +138,9 @@ class polynomial:  # noqa: N801
     def __post_init__(self) -> None:
         check_sparsity("polynomial", self.target)
         check_sparsity("polynomial", self.initial, "initial")
-        _check_steps("polynomial", begin_step=self.begin_step, end_step=self.end_step, every=self.every)
+        _check_steps(
+            "polynomial", begin_step=self.begin_step, end_step=self.end_step, every=self.every
+        )
         if self.end_step <= self.begin_step:
             raise ValueError(
                 f"polynomial: end_step must come after begin_step, got {self.begin_step} and {self.end_step}. "
@@ -149,7 +152,9 @@ class polynomial:  # noqa: N801
     def __call__(self, step: Step) -> Any:
         remaining = 1 - (step - self.begin_step) / (self.end_step - self.begin_step)
         inside = (step >= self.begin_step) & (step < self.end_step)
-        base = _where(inside, remaining, 0.0)  # out of the span a negative base would have no real power
+        base = _where(
+            inside, remaining, 0.0
+        )  # out of the span a negative base would have no real power
         value = self.target + (self.initial - self.target) * base**self.power
         return _where(step >= self.begin_step, value, 0.0)
 
@@ -159,7 +164,7 @@ class polynomial:  # noqa: N801
 
 
 @dataclass(frozen=True)
-class alternating:  # noqa: N801
+class alternating:
     """AC/DC: compressed phases alternate with dense ones, and the end is compressed.
 
     Attributes:
@@ -217,7 +222,7 @@ class alternating:  # noqa: N801
 
 def as_schedule(sparsity: Any) -> Schedule:
     """Turn a number into `constant`, and pass a schedule through."""
-    if callable(sparsity) and hasattr(sparsity, "is_update_step"):
+    if hasattr(sparsity, "is_update_step"):
         return sparsity
     if callable(sparsity):
         raise TypeError(
@@ -242,7 +247,9 @@ def _check_steps(function: str, **steps: int) -> None:
     for name, value in steps.items():
         least = 1 if name == "every" else 0
         if math.isnan(value) or value < least or value != int(value):
-            raise ValueError(f"{function}: {name} must be an integer of at least {least}, got {value}.")
+            raise ValueError(
+                f"{function}: {name} must be an integer of at least {least}, got {value}."
+            )
 
 
 def _where(condition: Any, yes: Any, no: Any) -> Any:

@@ -88,7 +88,9 @@ def saliency(params: PyTree, grads: PyTree) -> PyTree:
     return _score("saliency", lambda w, g: jnp.abs(w * g), params, grads)
 
 
-def fisher(params: PyTree, grads: PyTree | None = None, *, second_moment: PyTree | None = None) -> PyTree:
+def fisher(
+    params: PyTree, grads: PyTree | None = None, *, second_moment: PyTree | None = None
+) -> PyTree:
     """Score each weight by w^2 E[g^2], the second-order change of the loss under the empirical Fisher diagonal.
 
     Args:
@@ -110,7 +112,8 @@ def fisher(params: PyTree, grads: PyTree | None = None, *, second_moment: PyTree
 
     References:
         LeCun et al., Optimal Brain Damage, 1989, equation 5, with the Fisher diagonal of Theis et al., Faster Gaze
-        Prediction with Dense Networks and Fisher Pruning, 2018, arXiv:1801.05787, equation 6 (constant factor left out).
+        Prediction with Dense Networks and Fisher Pruning, 2018, arXiv:1801.05787, equation 6 (constant factor left
+        out).
     """
     if second_moment is not None:
         return _score("fisher", lambda w, f: jnp.square(w) * f, params, second_moment)
@@ -146,12 +149,17 @@ def _score(name: str, function: Any, params: PyTree, other: PyTree | None = ...)
     """Map a formula over the floating-point leaves of the params and of a tree like them."""
     leaves, treedef = jax.tree.flatten(params)
     if other is ...:
-        return treedef.unflatten(function(leaf) if _is_float(leaf) else _no_score() for leaf in leaves)
+        return treedef.unflatten(
+            function(leaf) if _is_float(leaf) else _no_score() for leaf in leaves
+        )
     if other is None:
-        raise ValueError(f"scores.{name}: needs gradients, got None. Call scores.{name}(params, grads).")
+        raise ValueError(
+            f"scores.{name}: needs gradients, got None. Call scores.{name}(params, grads)."
+        )
     others = trees.leaves_like(f"scores.{name}", "gradients", other, params)
     return treedef.unflatten(
-        function(leaf, o) if _is_float(leaf) else _no_score() for leaf, o in zip(leaves, others, strict=True)
+        function(leaf, o) if _is_float(leaf) else _no_score()
+        for leaf, o in zip(leaves, others, strict=True)
     )
 
 

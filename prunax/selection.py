@@ -60,8 +60,8 @@ def num_pruned(sparsity: Any, n: int) -> Any:
         n: The number of units, static; may exceed 2**32.
 
     Returns:
-        An int for a concrete sparsity. For a traced one a `Count`, the exact product of the float32 value and n rounded
-        once (float32 arithmetic would be off by several units beyond 2**24).
+        An int for a concrete sparsity. For a traced one a `Count`, the exact product of the float32 value and n
+        rounded once (float32 arithmetic would be off by several units beyond 2**24).
 
     Examples:
         >>> import prunax
@@ -79,7 +79,9 @@ def num_pruned(sparsity: Any, n: int) -> Any:
         product = _add(product, _shift_left(Count(jnp.uint32(0), limb), jnp.uint32(j)))
     # Adding just below half, and one more where the quotient is odd, rounds to nearest even on the shift that follows.
     odd = _shift_right(product, shift).lo & jnp.uint32(1)
-    half = _sub(_shift_left(Count(jnp.uint32(0), jnp.uint32(1)), shift - jnp.uint32(1)), Count.of(1))
+    half = _sub(
+        _shift_left(Count(jnp.uint32(0), jnp.uint32(1)), shift - jnp.uint32(1)), Count.of(1)
+    )
     return _shift_right(_add(_add(product, half), Count(jnp.uint32(0), odd)), shift)
 
 
@@ -103,8 +105,8 @@ def sort_keys(x: jax.Array) -> jax.Array:
         x: float16, bfloat16, float32 or float64 array of any shape.
 
     Returns:
-        Unsigned keys of the same shape and width. NaN is lowest of all; -0.0 and 0.0 are equal. Only bits are looked at,
-        so that backends that flush denormal numbers order them all the same.
+        Unsigned keys of the same shape and width. NaN is lowest of all; -0.0 and 0.0 are equal. Only bits are looked
+        at, so that backends that flush denormal numbers order them all the same.
 
     Examples:
         >>> import jax.numpy as jnp, prunax
@@ -134,8 +136,8 @@ def keep_largest(
 
     Returns:
         One bool array for each array of `scores`, of its shape: True = kept. Exactly the asked number is False in each
-        pool. Of equal scores the lower flat index is kept first, arrays in the order that the pool lists them. Arrays in
-        no pool are kept whole.
+        pool. Of equal scores the lower flat index is kept first, arrays in the order that the pool lists them. Arrays
+        in no pool are kept whole.
 
     Examples:
         >>> import jax.numpy as jnp, prunax
@@ -188,12 +190,16 @@ def _first(chosen: jax.Array, n: jax.Array) -> jax.Array:
     index = jnp.zeros(chosen.shape, jnp.uint32)
     stride = 1
     for axis in reversed(range(chosen.ndim)):
-        index = index + jnp.uint32(stride) * jax.lax.broadcasted_iota(jnp.uint32, chosen.shape, axis)
+        index = index + jnp.uint32(stride) * jax.lax.broadcasted_iota(
+            jnp.uint32, chosen.shape, axis
+        )
         stride *= chosen.shape[axis]
 
     def refine(i: jax.Array, end: jax.Array) -> jax.Array:
         candidate = end | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
-        return jnp.where(jnp.sum(chosen & (index < candidate), dtype=jnp.uint32) <= n, candidate, end)
+        return jnp.where(
+            jnp.sum(chosen & (index < candidate), dtype=jnp.uint32) <= n, candidate, end
+        )
 
     end = jax.lax.fori_loop(0, 32, refine, jnp.uint32(0))
     return chosen & (index < end)

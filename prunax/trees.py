@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.tree_util import GetAttrKey, KeyPath
 
 __all__ = ["is_kernel", "path_name", "paths"]
@@ -89,7 +90,7 @@ def is_array(leaf: Any) -> bool:
 
 def is_traced(*leaves: Any) -> bool:
     """Say whether any leaf is being traced, so that its values cannot be looked at."""
-    return any(isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct) for leaf in leaves)
+    return any(isinstance(leaf, Tracer | jax.ShapeDtypeStruct) for leaf in leaves)
 
 
 def select(params: PyTree, where: Where) -> tuple[list[str], list[Any], list[int], Any]:
@@ -106,7 +107,9 @@ def select(params: PyTree, where: Where) -> tuple[list[str], list[Any], list[int
     names = [path_name(path) for path, _ in flat]
     leaves = [leaf for _, leaf in flat]
     indices = [
-        i for i, (name, leaf) in enumerate(zip(names, leaves, strict=True)) if is_array(leaf) and where(name, leaf)
+        i
+        for i, (name, leaf) in enumerate(zip(names, leaves, strict=True))
+        if is_array(leaf) and where(name, leaf)
     ]
     return names, leaves, indices, treedef
 

@@ -28,7 +28,7 @@ class PruneState(NamedTuple):
         skipped_updates: int32 scalar, mask updates skipped because a score was NaN.
     """
 
-    count: jax.Array
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride] - as in optax's states
     masks: PyTree
     inner_state: Any
     skipped_updates: jax.Array
@@ -56,8 +56,8 @@ def prune(
         inner: Any optax transformation. Extra arguments of `update` are forwarded to it.
         sparsity: A number in [0, 1]: masks are computed at the first step and then fixed; or a schedule from
             `prunax.schedules`; None for what the pattern fixes (`patterns.NM`).
-        score: ``score(params, grads) -> scores``, from `prunax.scores`, called at mask updates with the dense gradients.
-            With `key` it is called as ``score(params, grads, key=key)``, the same key each time.
+        score: ``score(params, grads) -> scores``, from `prunax.scores`, called at mask updates with the dense
+            gradients. With `key` it is called as ``score(params, grads, key=key)``, the same key each time.
         allocation: How the sparsity is shared out among leaves, from `prunax.allocation`.
         pattern: Which weights go together or compete, from `prunax.patterns`.
         where: ``where(path, leaf) -> bool`` chooses the prunable leaves.
@@ -72,8 +72,8 @@ def prune(
         any tree, a tree with nothing to prune included.
 
     Raises:
-        ValueError: If the sparsity is outside [0, 1]; from `update`, if params is missing, or the pattern does not fit a
-            leaf, naming it. A NaN score is no error in the compiled step: the masks stay as they are and
+        ValueError: If the sparsity is outside [0, 1]; from `update`, if params is missing, or the pattern does not
+            fit a leaf, naming it. A NaN score is no error in the compiled step: the masks stay as they are and
             `skipped_updates` grows by one.
         TypeError: If the sparsity is neither a number nor a schedule.
 
@@ -111,10 +111,13 @@ def prune(
         )
 
     def update(
-        updates: PyTree, state: PruneState, params: PyTree | None = None, **extra_args: Any
+        updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
     ) -> tuple[PyTree, PruneState]:
         if params is None:
-            raise ValueError(optax.NO_PARAMS_MSG)
+            raise ValueError(
+                "prune: needs the current parameters to zero the pruned ones. "
+                "Call tx.update(grads, state, params)."
+            )
         names, leaves, indices, treedef = trees.select(params, where)
         shapes = [(names[i], leaves[i].shape) for i in indices]
         mask_functions.check_pattern("prune", pattern, shapes)
@@ -125,9 +128,15 @@ def prune(
             scores = trees.leaves_like("prune", "scores", score(params, updates), params)
             scored = [n for n, i in enumerate(indices) if jnp.ndim(scores[i]) or not leaves[i].ndim]
             chosen = [scores[indices[n]] for n in scored]
-            budgets, structure = _budgets(schedule, state.count, [shapes[n] for n in scored], allocation, pattern)
-            kept = mask_functions.select_masks(chosen, budgets, pattern=pattern, structure=structure)
-            has_nan = functools.reduce(jnp.logical_or, [jnp.any(jnp.isnan(s)) for s in chosen], jnp.bool_(False))
+            budgets, structure = _budgets(
+                schedule, state.count, [shapes[n] for n in scored], allocation, pattern
+            )
+            kept = mask_functions.select_masks(
+                chosen, budgets, pattern=pattern, structure=structure
+            )
+            has_nan = functools.reduce(
+                jnp.logical_or, [jnp.any(jnp.isnan(s)) for s in chosen], jnp.bool_(False)
+            )
             new = list(old)
             for n, mask in zip(scored, kept, strict=True):
                 new[n] = jnp.where(has_nan, old[n], packing.pack(mask) if packed else mask)
@@ -141,19 +150,25 @@ def prune(
         )
         for i, mask in zip(indices, masks, strict=True):
             stored[i] = mask
-        kept = {i: packing.unpack(stored[i], leaves[i].shape) if packed else stored[i] for i in indices}
+        kept = {
+            i: packing.unpack(stored[i], leaves[i].shape) if packed else stored[i] for i in indices
+        }
 
         inner_updates, inner_params = updates, params
         if mask_gradients:
             inner_updates = treedef.unflatten(_zero(kept.get(i), g) for i, g in enumerate(grads))
             inner_params = treedef.unflatten(_zero(kept.get(i), p) for i, p in enumerate(leaves))
-        new_updates, inner_state = inner.update(inner_updates, state.inner_state, inner_params, **extra_args)
-        emitted = trees.leaves_like("prune", "updates of the inner transformation", new_updates, params)
+        new_updates, inner_state = inner.update(
+            inner_updates, state.inner_state, inner_params, **extra_args
+        )
+        emitted = trees.leaves_like(
+            "prune", "updates of the inner transformation", new_updates, params
+        )
         for i, mask in kept.items():
             # In the parameter's dtype, since in a narrower one -param would not cancel it exactly.
             emitted[i] = jnp.where(mask, emitted[i].astype(leaves[i].dtype), -leaves[i])
         return treedef.unflatten(emitted), PruneState(
-            count=optax.safe_increment(state.count),
+            count=jnp.asarray(optax.safe_increment(state.count)),
             masks=treedef.unflatten(stored),
             inner_state=inner_state,
             skipped_updates=state.skipped_updates + skipped,
@@ -187,17 +202,22 @@ def unpack_masks(masks: PyTree, params: PyTree) -> PyTree:
     leaves, treedef = jax.tree.flatten(params)
     packed = trees.leaves_like("unpack_masks", "masks", masks, params)
     return treedef.unflatten(
-        packing.unpack(m, leaf.shape) if m.dtype == jnp.uint8 else m for m, leaf in zip(packed, leaves, strict=True)
+        packing.unpack(m, leaf.shape) if m.dtype == jnp.uint8 else m
+        for m, leaf in zip(packed, leaves, strict=True)
     )
 
 
-def _budgets(schedule: Any, count: jax.Array, leaves: Any, allocation: Any, pattern: Any) -> tuple[Any, Any]:
+def _budgets(
+    schedule: Any, count: jax.Array, leaves: Any, allocation: Any, pattern: Any
+) -> tuple[Any, Any]:
     """Budgets at a traced step; exact for the target, whose float32 value would be off in pools beyond 2**24."""
     sparsity = jnp.asarray(schedule(count), jnp.float32)
     now, structure = mask_functions.plan(leaves, sparsity, allocation=allocation, pattern=pattern)
     final, _ = mask_functions.plan(leaves, schedule.target, allocation=allocation, pattern=pattern)
     reached = sparsity == jnp.float32(schedule.target)
-    return jax.tree.map(lambda f, n: jnp.where(reached, jnp.asarray(f, jnp.uint32), n), final, now), structure
+    return jax.tree.map(
+        lambda f, n: jnp.where(reached, jnp.asarray(f, jnp.uint32), n), final, now
+    ), structure
 
 
 def _zero(mask: jax.Array | None, leaf: Any) -> Any:
