@@ -1,0 +1,142 @@
+"""Dynamic sparse training: drop the weakest connections, grow as many new ones, keep the number constant."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from prunax import allocation as allocations
+from prunax import masks as mask_functions
+from prunax import patterns, schedules, selection, trees
+from prunax import scores as score_functions
+from prunax.transforms.masked import Prunable, PruneState, Ranking, any_nan, train_masked
+from prunax.transforms.pruning import prune
+
+__all__ = ["dynamic_sparse", "rigl", "sparse_evolutionary", "static_sparse"]
+
+PyTree = Any
+
+
+def dynamic_sparse(
+    inner: optax.GradientTransformation,
+    sparsity: float,
+    *,
+    grow: Callable[..., PyTree],
+    key: jax.Array,
+    every: int = 100,
+    end_step: int | None = None,
+    drop_fraction: float | Callable[[jax.Array], jax.Array] = 0.3,
+    drop: Callable[..., PyTree] = score_functions.magnitude,
+    initial: Callable[..., PyTree] = score_functions.random,
+    allocation: Any = allocations.erdos_renyi,
+    pattern: patterns.Pattern = patterns.Unstructured(),
+    where: trees.Where = trees.is_kernel,
+    mask_gradients: bool = True,
+    packed: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Train a sparse model from scratch whose connections move.
+
+    Masks begin with the connections that score highest under `initial`. Then every `every` steps each pool (of a leaf,
+    or of a slice where the pattern compares slices) drops the fraction f_t of its active units with the lowest `drop`
+    scores, and grows as many of the units that are then inactive, those with the highest `grow` scores, among them
+    perhaps ones just dropped. Grown weights begin at zero with zero moments, and the number of active weights is the
+    same at every step.
+
+    .. math:: f_t = \frac{f_0}{2} \left(1 + \cos \frac{t \pi}{T_{end}}\right)
+
+    Args:
+        inner: Any optax transformation.
+        sparsity: Fraction of weights that are zero throughout, in [0, 1]; None for what the pattern fixes.
+        grow: Which connections to grow: ``score(params, grads)`` of the dense gradients. `scores.gradient` makes RigL,
+            `scores.random` makes SET. A score that takes a ``key`` gets a fresh one at every update.
+        key: A JAX random key, for the first masks and for random growth.
+        every: Steps from one mask update to the next.
+        end_step: No mask update from here on; None for no end, with a constant drop fraction.
+        drop_fraction: The fraction f_0, annealed to zero at `end_step` along a cosine; or a function of the step, an
+            optax schedule, that gives f_t itself.
+        drop: Which active connections to keep, as a score.
+        initial: The score of the first masks.
+        allocation: How the sparsity is shared out among leaves.
+        pattern: `patterns.ConstantFanIn()` makes SRigL's constant fan-in, `patterns.NM(n, m)` dynamic N:M.
+        where: ``where(path, leaf) -> bool`` chooses the prunable leaves.
+        mask_gradients: As in `prune`.
+        packed: As in `prune`.
+
+    Returns:
+        A `optax.GradientTransformationExtraArgs` whose state is a `PruneState`.
+
+    Raises:
+        ValueError: If the sparsity or drop fraction is outside [0, 1], or a step is not positive; from `update`, if
+            params is missing or the pattern does not fit a leaf, naming it.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax, prunax
+        >>> params = {"kernel": jax.random.normal(jax.random.key(0), (8, 8))}
+        >>> tx = prunax.transforms.dynamic_sparse(
+        ...     optax.adam(0.1), 0.75, grow=prunax.scores.gradient, key=jax.random.key(1), every=2
+        ... )
+        >>> state = tx.init(params)
+        >>> for _ in range(5):
+        ...     updates, state = tx.update(params, state, params)
+        ...     params = optax.apply_updates(params, updates)
+        >>> int(state.masks["kernel"].sum())
+        16
+
+    References:
+        Evci et al., Rigging the Lottery, 2020, arXiv:1911.11134, section 3; Mocanu et al., 2018, arXiv:1707.04780; Lasby
+        et al. (SRigL), 2024, arXiv:2305.02299.
+    """
+    schedule = schedules.as_schedule(pattern.max_sparsity if sparsity is None else sparsity)
+    schedules.check_steps("dynamic_sparse", every=every)
+    if end_step is not None:
+        schedules.check_steps("dynamic_sparse", end_step=end_step)
+    if not callable(drop_fraction):
+        schedules.check_sparsity("dynamic_sparse", drop_fraction, "drop_fraction")
+
+    def fraction(count: jax.Array) -> jax.Array:
+        if callable(drop_fraction):
+            return jnp.clip(jnp.asarray(drop_fraction(count), jnp.float32), 0.0, 1.0)
+        if end_step is None:
+            return jnp.full((), drop_fraction, jnp.float32)
+        progress = jnp.minimum(count.astype(jnp.float32) / end_step, 1.0)
+        return drop_fraction / 2 * (1 + jnp.cos(jnp.pi * progress))
+
+    def is_update_step(count: jax.Array) -> jax.Array:
+        due = count % every == 0
+        return due if end_step is None else due & ((count < end_step) | (count == 0))
+
+    def next_masks(
+        count: jax.Array, params: PyTree, grads: PyTree, prunable: Prunable, masks: list[jax.Array]
+    ) -> Ranking:
+        leaves = [(p, a.shape) for p, a in zip(prunable.paths, prunable.arrays, strict=True)]
+        budgets, structure = mask_functions.plan(
+            leaves, schedule.target, allocation=allocation, pattern=pattern
+        )
+
+        def choose(scores: list[jax.Array], pruned: list[Any]) -> list[jax.Array]:
+            return mask_functions.select_masks(
+                scores, pruned, pattern=pattern, structure=structure
+            )
+
+        def start(_: list[jax.Array]) -> Ranking:
+            scores = prunable.of(_call(initial, params, grads, key), params, "initial scores")
+            return Ranking(choose(scores, budgets), any_nan(scores))
+
+        def move(masks: list[jax.Array]) -> Ranking:
+            sizes = mask_functions.pool_sizes(leaves, structure, pattern)
+            dropped = [
+                selection.add_pruned(b, selection.num_pruned(fraction(count), n - int(b)))
+                for b, n in zip(budgets, sizes, strict=True)
+            ]
+            drops = prunable.of(_call(drop, params, grads, key), params, "drop scores")
+            grows = prunable.of(
+                _call(grow, params, grads, jax.random.fold_in(key, count)), params, "grow scores"
+            )
+            kept = choose([_rank(m, s, -jnp.inf) for m, s in zip(masks, drops, strict=True)], dropped)
+            new = choose([_rank(~m, s, jnp.inf) for m, s in zip(kept, grows, strict=True)], budgets)
+            return Ranking(new, any_nan(drops) | any_nan(grows))
+
+        return jax.lax.cond(count == 0, start, move, masks)
+    raise NotImplementedError

@@ -1,0 +1,246 @@
+"""Training under masks: the part that every sparse-training transformation shares.
+
+A method says when masks change and how the next ones come from params, gradients and the masks
+before. The rest is here: hide pruned weights from the inner optimizer, emit updates that leave exact
+zeros, forget the moments of weights that come back, keep the old masks when a score is NaN.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from prunax import masks as mask_functions
+from prunax import packing, patterns, schedules, trees
+
+__all__ = ["PruneState", "unpack_masks"]
+
+PyTree = Any
+Arrays = list[jax.Array]
+
+
+class PruneState(NamedTuple):
+    """State of `prune` and the other sparse-training transformations.
+
+    Arrays only, so that it checkpoints like any optax state.
+
+    Attributes:
+        count: int32 scalar, number of updates so far.
+        masks: Mask tree of the params' structure, True = kept; uint8 leaves where `packed` (see `unpack_masks`).
+        inner_state: State of the wrapped optimizer.
+        skipped_updates: int32 scalar, mask updates skipped because a score was NaN.
+    """
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride] - as in optax's states
+    masks: PyTree
+    inner_state: Any
+    skipped_updates: jax.Array
+
+
+class Prunable(NamedTuple):
+    """The leaves that a transformation prunes.
+
+    Attributes:
+        indices: Their places among the leaves of the params.
+        paths: Their paths.
+        arrays: The leaves.
+    """
+
+    indices: list[int]
+    paths: list[str]
+    arrays: Arrays
+
+    def of(self, tree: PyTree, params: PyTree, noun: str) -> Arrays:
+        """Take the same leaves of a tree like the params."""
+        leaves = trees.leaves_like("prune", noun, tree, params)
+        return [leaves[i] for i in self.indices]
+
+
+class Ranking(NamedTuple):
+    """What a mask update comes to.
+
+    Attributes:
+        masks: One bool array for each prunable leaf, True = kept.
+        has_nan: bool scalar: a score was NaN and the masks are not to be used.
+    """
+
+    masks: Arrays
+    has_nan: jax.Array
+
+
+# next_masks(count, params, grads, prunable, masks of the prunable leaves before) -> Ranking
+NextMasks = Callable[[jax.Array, PyTree, PyTree, Prunable, Arrays], Ranking]
+
+
+def train_masked(
+    inner: optax.GradientTransformation,
+    is_update_step: Callable[[jax.Array], Any],
+    next_masks: NextMasks,
+    *,
+    pattern: patterns.Pattern,
+    where: trees.Where,
+    mask_gradients: bool,
+    packed: bool,
+) -> optax.GradientTransformationExtraArgs:
+    """Wrap an optimizer so that it trains under masks that `next_masks` renews at `is_update_step`."""
+    inner = optax.with_extra_args_support(inner)
+
+    def pack(mask: jax.Array) -> jax.Array:
+        return packing.pack(mask) if packed else mask
+
+    def unpack(stored: jax.Array, leaf: jax.Array) -> jax.Array:
+        return packing.unpack(stored, leaf.shape) if packed else stored
+
+    def init(params: PyTree) -> PruneState:
+        def mask(path: Any, leaf: Any) -> jax.Array:
+            if trees.is_array(leaf) and where(trees.path_name(path), leaf):
+                return pack(jnp.ones_like(leaf, dtype=jnp.bool_))
+            return trees.keep_all()
+
+        return PruneState(
+            count=jnp.zeros((), jnp.int32),
+            masks=jax.tree_util.tree_map_with_path(mask, params),
+            inner_state=inner.init(params),
+            skipped_updates=jnp.zeros((), jnp.int32),
+        )
+
+    def update(
+        updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
+    ) -> tuple[PyTree, PruneState]:
+        if params is None:
+            raise ValueError(
+                "prune: needs the current parameters to zero the pruned ones. "
+                "Call tx.update(grads, state, params)."
+            )
+        names, leaves, indices, treedef = trees.select(params, where)
+        prunable = Prunable(indices, [names[i] for i in indices], [leaves[i] for i in indices])
+        mask_functions.check_pattern(
+            "prune",
+            pattern,
+            [(p, a.shape) for p, a in zip(prunable.paths, prunable.arrays, strict=True)],
+        )
+        stored = prunable.of(state.masks, params, "masks in the state")
+
+        def tree_of(prunable_leaves: Arrays, others: list[Any]) -> PyTree:
+            whole = list(others)
+            for i, leaf in zip(indices, prunable_leaves, strict=True):
+                whole[i] = leaf
+            return treedef.unflatten(whole)
+
+        def renew(old: Arrays, inner_state: PyTree) -> tuple[Arrays, PyTree, jax.Array]:
+            before = [unpack(m, a) for m, a in zip(old, prunable.arrays, strict=True)]
+            ranked, has_nan = next_masks(state.count, params, updates, prunable, before)
+            after = [jnp.where(has_nan, b, r) for b, r in zip(before, ranked, strict=True)]
+            if mask_gradients:
+                grown = [a & ~b for a, b in zip(after, before, strict=True)]
+                no = [jnp.zeros((), jnp.bool_)] * len(leaves)
+                inner_state = optax.tree.map_params(inner, _forget, inner_state, tree_of(grown, no))
+            return [pack(a) for a in after], inner_state, has_nan.astype(jnp.int32)
+
+        def keep(old: Arrays, inner_state: PyTree) -> tuple[Arrays, PyTree, jax.Array]:
+            return old, inner_state, jnp.zeros((), jnp.int32)
+
+        stored, inner_state, skipped = jax.lax.cond(
+            is_update_step(state.count), renew, keep, stored, state.inner_state
+        )
+        masks = [unpack(m, a) for m, a in zip(stored, prunable.arrays, strict=True)]
+
+        inner_updates, inner_params = updates, params
+        if mask_gradients:
+            grads = trees.leaves_like("prune", "updates", updates, params)
+            inner_updates = tree_of(_zero([grads[i] for i in indices], masks), grads)
+            inner_params = tree_of(_zero(prunable.arrays, masks), leaves)
+        new_updates, inner_state = inner.update(
+            inner_updates, inner_state, inner_params, **extra_args
+        )
+
+        emitted = trees.leaves_like("prune", "updates of the inner optimizer", new_updates, params)
+        final = [
+            # In the parameter's dtype: in a narrower one -param would not cancel it exactly.
+            jnp.where(mask, emitted[i].astype(leaf.dtype), -leaf)
+            for i, mask, leaf in zip(indices, masks, prunable.arrays, strict=True)
+        ]
+        return tree_of(final, emitted), PruneState(
+            count=jnp.asarray(optax.safe_increment(state.count)),
+            masks=tree_of(stored, jax.tree.leaves(state.masks)),
+            inner_state=inner_state,
+            skipped_updates=state.skipped_updates + skipped,
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def unpack_masks(masks: PyTree, params: PyTree) -> PyTree:
+    """Turn the masks of a packed `PruneState` into bool arrays.
+
+    Args:
+        masks: ``state.masks``, packed or not.
+        params: The params, or arrays or abstract arrays of their shapes.
+
+    Returns:
+        A mask tree: bool arrays, True = kept.
+
+    Raises:
+        ValueError: If the structures differ, naming the leaf.
+
+    Examples:
+        >>> import jax.numpy as jnp, optax, prunax
+        >>> params = {"kernel": jnp.ones((3, 2))}
+        >>> state = prunax.prune(optax.sgd(0.1), 0.5, packed=True).init(params)
+        >>> state.masks["kernel"].tolist()
+        [[7, 7]]
+        >>> prunax.transforms.unpack_masks(state.masks, params)["kernel"].shape
+        (3, 2)
+    """
+    leaves, treedef = jax.tree.flatten(params)
+    packed = trees.leaves_like("unpack_masks", "masks", masks, params)
+    return treedef.unflatten(
+        packing.unpack(m, leaf.shape) if m.dtype == jnp.uint8 else m
+        for m, leaf in zip(packed, leaves, strict=True)
+    )
+
+
+def budgets_at(
+    schedule: schedules.Schedule,
+    count: jax.Array,
+    leaves: list[tuple[str, tuple[int, ...]]],
+    allocation: Any,
+    pattern: patterns.Pattern,
+) -> tuple[list[Any], mask_functions.Structure]:
+    """Budgets at a traced step, as `masks.plan` gives them.
+
+    Exact at the schedule's target, whose float32 value would be off in pools beyond 2**24 units.
+    """
+    sparsity = jnp.asarray(schedule(count), jnp.float32)
+    now, structure = mask_functions.plan(leaves, sparsity, allocation=allocation, pattern=pattern)
+    final, _ = mask_functions.plan(leaves, schedule.target, allocation=allocation, pattern=pattern)
+    reached = sparsity == jnp.float32(schedule.target)
+    return jax.tree.map(
+        lambda f, n: jnp.where(reached, jnp.asarray(f, jnp.uint32), jnp.asarray(n, jnp.uint32)),
+        final,
+        now,
+    ), structure
+
+
+def any_nan(arrays: Arrays) -> jax.Array:
+    """Say whether any array holds a NaN."""
+    found = jnp.zeros((), jnp.bool_)
+    for x in arrays:
+        found = found | jnp.any(jnp.isnan(x))
+    return found
+
+
+def _zero(leaves: Arrays, masks: Arrays) -> Arrays:
+    return [
+        jnp.where(mask, leaf, jnp.zeros((), leaf.dtype))
+        for leaf, mask in zip(leaves, masks, strict=True)
+    ]
+
+
+def _forget(moment: Any, grown: jax.Array) -> Any:
+    # Factored and per-layer statistics have shapes of their own, and nothing in them belongs to one weight.
+    if not trees.is_array(moment) or moment.shape != grown.shape:
+        return moment
+    return jnp.where(grown, jnp.zeros((), moment.dtype), moment)
