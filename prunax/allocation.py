@@ -165,10 +165,15 @@ def erdos_renyi(leaves: Sequence[Leaf], sparsity: Any) -> Allocation:
         Evci et al., Rigging the Lottery, 2020, arXiv:1911.11134, section 3; Mocanu et al., Scalable Training of
         Artificial Neural Networks with Adaptive Sparse Connectivity, 2018, arXiv:1707.04780, equation 3.
     """
+    if not leaves:
+        return Allocation(())
+    if trees.is_traced(sparsity):
+        sparsity = jnp.asarray(sparsity, jnp.float32)
     sizes = np.array([np.prod(leaf.shape, dtype=np.float64) for leaf in leaves])
     share = sizes / max(sizes.sum(), 1.0)
+    # A leaf without axes counts as one of a single axis, of length 1.
     raw = np.array(
-        [sum(leaf.shape) / max(np.prod(leaf.shape, dtype=np.float64), 1.0) for leaf in leaves]
+        [sum(leaf.shape or (1,)) / max(size, 1.0) for leaf, size in zip(leaves, sizes, strict=True)]
     )
     # Fill the leaves with the largest raw densities first. With the first j of them kept whole, the others get
     # scale_j * raw; the right j is the first whose densities all stay within 1.
@@ -241,16 +246,22 @@ def _pool(leaves: Sequence[Leaf], indices: tuple[int, ...], sparsity: Any) -> Po
 
 
 def _unit_rms(scores: jax.Array) -> jax.Array:
-    x = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
-    rms = jnp.sqrt(jnp.mean(jnp.square(x)))
+    x = scores.astype(trees.wide_dtype(scores.dtype))
+    # An infinite score stays what it is, and takes no other's place from it.
+    rms = jnp.sqrt(jnp.mean(jnp.square(x), where=jnp.isfinite(x)))
     return x / jnp.where(rms > 0, rms, 1)
 
 
 def _lamp_scores(scores: jax.Array) -> jax.Array:
-    square = jnp.square(scores.astype(jnp.promote_types(scores.dtype, jnp.float32))).reshape(-1)
+    x = jnp.abs(scores.astype(trees.wide_dtype(scores.dtype))).reshape(-1)
+    # Relative to the largest, so that no square overflows. NaN counts as nothing here and ranks lowest in the end.
+    largest = jnp.max(jnp.where(jnp.isnan(x), 0, x), initial=0)
+    relative = jnp.where(jnp.isinf(x), 1, x / jnp.where(largest > 0, largest, 1))
+    square = jnp.square(jnp.where(jnp.isnan(x), 0, relative))
     # Stable, so that of equal magnitudes the lower index has the smaller sum behind it and the larger score.
     order = jnp.argsort(square, descending=True, stable=True)
     ranked = square[order]
     total = jnp.cumsum(ranked)
-    lamp_scores = jnp.where(total > 0, ranked / jnp.where(total > 0, total, 1), 0)
-    return jnp.zeros_like(square).at[order].set(lamp_scores).reshape(scores.shape)
+    ranked = jnp.where(total > 0, ranked / jnp.where(total > 0, total, 1), 0)
+    lamp_scores = jnp.zeros_like(square).at[order].set(ranked)
+    return jnp.where(jnp.isnan(x), jnp.nan, lamp_scores).reshape(scores.shape)

@@ -8,7 +8,7 @@ works with no special case.
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -78,6 +78,7 @@ def compute_masks(
         )
     if scores is None:
         score_leaves = leaves
+        _check_floating(names, leaves, indices)
     else:
         score_leaves, indices = _given_scores(scores, params, names, leaves, indices)
     _check_request(sparsity, threshold, allocation, pattern)
@@ -87,14 +88,18 @@ def compute_masks(
     if threshold is not None:
         kept, has_nan = _above_threshold(chosen, threshold, pattern=pattern)
     else:
-        budgets, structure = plan(
+        chosen_plan = plan(
             [(names[i], leaves[i].shape) for i in indices],
             sparsity,
             allocation=allocation,
             pattern=pattern,
         )
         kept, has_nan = _select(
-            chosen, budgets, magnitude=scores is None, pattern=pattern, structure=structure
+            chosen,
+            [selection.as_count(budget) for budget in chosen_plan.budgets],
+            magnitude=scores is None,
+            pattern=pattern,
+            structure=chosen_plan.structure,
         )
     if not trees.is_traced(*has_nan):
         bad = [names[i] for i, flag in zip(indices, jax.device_get(has_nan), strict=True) if flag]
@@ -103,7 +108,7 @@ def compute_masks(
                 f"compute_masks: the scores of {', '.join(map(repr, bad))} contain NaN, which cannot be ranked. "
                 f"Look for the step that made them, or replace them with jnp.nan_to_num."
             )
-    masks = [trees.keep_all()] * len(leaves)
+    masks = [trees.keep_all() for _ in leaves]  # a buffer each, so that the tree can be donated
     for i, mask in zip(indices, kept, strict=True):
         masks[i] = mask
     return treedef.unflatten(masks)
@@ -161,6 +166,74 @@ def straight_through(params: PyTree, masks: PyTree) -> PyTree:
     return _map_masked("straight_through", _zero_straight_through, params, masks)
 
 
+class Plan(NamedTuple):
+    """What an allocation and a pattern make of a sparsity.
+
+    Attributes:
+        budgets: For each pool the number of units that it loses (each slice of it, where the pattern compares along an
+            axis): an int or a `selection.Count`. Values that jit may trace.
+        sizes: For each pool the number of its units (of each slice's), static.
+        pools: For each pool the indices of its leaves.
+        rescale: What the allocation does to unit scores before they are ranked, or None.
+    """
+
+    budgets: list[Any]
+    sizes: list[int]
+    pools: tuple[tuple[int, ...], ...]
+    rescale: Callable[[jax.Array], jax.Array] | None
+
+    @property
+    def structure(self) -> Structure:
+        """The hashable part, for a static argument of jit."""
+        return self.pools, self.rescale
+
+
+def plan(
+    leaves: Sequence[tuple[str, tuple[int, ...]]],
+    sparsity: Any,
+    *,
+    allocation: Any,
+    pattern: patterns.Pattern,
+) -> Plan:
+    """Ask the allocation for pools and turn their sparsities into numbers of units.
+
+    Args:
+        leaves: ``(path, shape)`` of each prunable leaf.
+        sparsity: None, a number, or a traced scalar.
+        allocation: The allocation.
+        pattern: The pattern.
+
+    Returns:
+        The `Plan`.
+
+    Raises:
+        ValueError: If the pattern compares along an axis and the allocation ranks across leaves.
+    """
+    if sparsity is None:
+        sparsity = pattern.max_sparsity
+    infos = [
+        allocations.Leaf(path, shape, math.prod(pattern.unit_shape(shape)))
+        for path, shape in leaves
+    ]
+    pools, rescale = allocation(infos, sparsity)
+    members = tuple(pool.leaves for pool in pools)
+    if pattern.compare_axis is None:
+        budgets = [pool.num_pruned for pool in pools]
+        sizes = [sum(infos[i].num_units for i in pool) for pool in members]
+        return Plan(budgets, sizes, members, rescale)
+    if rescale is not None or any(len(pool) != 1 for pool in members):
+        raise ValueError(
+            f"{pattern} compares weights within each slice of a leaf, so there is nothing to rank across leaves. "
+            f"Use allocation.uniform, allocation.erdos_renyi or allocation.by_path with it."
+        )
+    sizes = [pattern.unit_shape(infos[i].shape)[pattern.compare_axis] for (i,) in members]
+    budgets = [
+        _slice_budget(pattern, pool.sparsity, n, infos[pool.leaves[0]].path)
+        for pool, n in zip(pools, sizes, strict=True)
+    ]
+    return Plan(budgets, sizes, members, rescale)
+
+
 def select_masks(
     score_leaves: Sequence[jax.Array],
     budgets: Sequence[Any],
@@ -168,13 +241,13 @@ def select_masks(
     pattern: patterns.Pattern,
     structure: Structure,
 ) -> list[jax.Array]:
-    """Rank the scores of the prunable leaves within a plan's budgets. For use inside jit.
+    """Rank the scores of the prunable leaves within budgets. For use inside jit.
 
     Args:
         score_leaves: Floating-point arrays, one a prunable leaf.
-        budgets: From `plan`.
+        budgets: For each pool how many units it loses, like `Plan.budgets`.
         pattern: The pattern.
-        structure: From `plan`, static.
+        structure: `Plan.structure`, static.
 
     Returns:
         One bool mask a leaf, of its shape, True = kept.
@@ -188,64 +261,21 @@ def select_masks(
     else:
         kept = [jnp.ones(u.shape, jnp.bool_) for u in units]
         for (i,), budget in zip(pools, budgets, strict=True):
-            kept[i] = selection.keep_largest_along(units[i], pattern.compare_axis, budget)
+            k = selection.as_count(budget).lo  # a slice is shorter than 2**32
+            kept[i] = selection.keep_largest_along(units[i], pattern.compare_axis, k)
     return [pattern.expand(k, s.shape) for k, s in zip(kept, score_leaves, strict=True)]
 
 
-def plan(
-    leaves: Sequence[tuple[str, tuple[int, ...]]],
-    sparsity: Any,
-    *,
-    allocation: Any,
-    pattern: patterns.Pattern,
-) -> tuple[list[Any], Structure]:
-    """Ask the allocation for pools and turn their sparsities into numbers of units.
-
-    Args:
-        leaves: ``(path, shape)`` of each prunable leaf.
-        sparsity: None, a number, or a traced scalar.
-        allocation: The allocation.
-        pattern: The pattern.
-
-    Returns:
-        ``(budgets, structure)``. A budget is the number of units that a pool loses (each slice of it, where the
-        pattern compares along an axis): values that jit may trace. The structure is hashable: the leaf indices of
-        each pool, and the rescaling.
-
-    Raises:
-        ValueError: If the pattern compares along an axis and the allocation ranks across leaves.
-    """
-    if sparsity is None:
-        sparsity = pattern.max_sparsity
-    infos = [
-        allocations.Leaf(path, shape, math.prod(pattern.unit_shape(shape)))
-        for path, shape in leaves
-    ]
-    pools, rescale = allocation(infos, sparsity)
-    if pattern.compare_axis is None:
-        budgets = [selection.as_count(pool.num_pruned) for pool in pools]
-    elif rescale is None and all(len(pool.leaves) == 1 for pool in pools):
-        budgets = [_slice_budget(pattern, pool.sparsity, infos[pool.leaves[0]]) for pool in pools]
-    else:
-        raise ValueError(
-            f"{pattern} compares weights within each slice of a leaf, so there is nothing to rank across leaves. "
-            f"Use allocation.uniform, allocation.erdos_renyi or allocation.by_path with it."
-        )
-    return budgets, (tuple(pool.leaves for pool in pools), rescale)
-
-
-def _slice_budget(pattern: patterns.Pattern, sparsity: Any, leaf: allocations.Leaf) -> Any:
-    assert pattern.compare_axis is not None
-    length = pattern.unit_shape(leaf.shape)[pattern.compare_axis]
+def _slice_budget(pattern: patterns.Pattern, sparsity: Any, length: int, path: str) -> Any:
     budget = selection.num_pruned(sparsity, length)
     if pattern.max_sparsity is None:
-        return budget if isinstance(budget, int) else budget.lo
+        return budget
     most = selection.num_pruned(pattern.max_sparsity, length)
-    if not isinstance(budget, int):
-        return jnp.minimum(budget.lo, jnp.uint32(most))
+    if isinstance(budget, selection.Count):
+        return selection.Count(budget.hi, jnp.minimum(budget.lo, jnp.uint32(most)))
     if budget > most:
         raise ValueError(
-            f"{pattern} prunes at most {pattern.max_sparsity:g} of {leaf.path!r}, got sparsity {sparsity:g}. "
+            f"{pattern} prunes at most {pattern.max_sparsity:g} of {path!r}, got sparsity {sparsity:g}. "
             f"Leave the sparsity out, or choose another pattern."
         )
     return budget
@@ -271,13 +301,24 @@ def _select(
 def _above_threshold(
     leaves: list[jax.Array], threshold: jax.Array, *, pattern: patterns.Pattern
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-    kept = [pattern.expand(pattern.pool(jnp.abs(s)) > threshold, s.shape) for s in leaves]
+    def keep(score: jax.Array) -> jax.Array:
+        units = pattern.pool(jnp.abs(score))
+        # At least in float32: rounded to a narrow dtype the threshold would swallow scores next to it.
+        dtype = trees.wide_dtype(units.dtype)
+        kept = units.astype(dtype) > jnp.asarray(threshold, dtype)
+        return pattern.expand(kept, score.shape)
+
+    kept = [keep(s) for s in leaves]
     return kept, [jnp.any(jnp.isnan(s)) for s in leaves]
 
 
 def _check_request(
     sparsity: Any, threshold: Any, allocation: Any, pattern: patterns.Pattern
 ) -> None:
+    if isinstance(pattern, type):
+        raise TypeError(
+            f"compute_masks: pattern must be a pattern, got its class. Call it: {pattern.__name__}(...)."
+        )
     fixed = pattern.max_sparsity is not None or isinstance(allocation, allocations.by_path)
     if threshold is not None:
         if sparsity is not None:
@@ -286,6 +327,10 @@ def _check_request(
             raise ValueError(
                 f"compute_masks: {pattern} keeps a given number of weights and takes no threshold."
             )
+        if not isinstance(threshold, int | float) and not (
+            trees.is_array(threshold) and threshold.ndim == 0
+        ):
+            raise TypeError(f"compute_masks: threshold must be one number, got {threshold!r}.")
         if not trees.is_traced(threshold) and not float(threshold) >= 0:
             raise ValueError(
                 f"compute_masks: threshold must be a number of at least 0, got {threshold}."
@@ -312,10 +357,19 @@ def check_pattern(
             )
 
 
+def _check_floating(names: list[str], leaves: list[Any], indices: list[int]) -> None:
+    for i in indices:
+        if not jnp.issubdtype(leaves[i].dtype, jnp.floating):
+            raise TypeError(
+                f"compute_masks: `where` selects {names[i]!r}, which is {leaves[i].dtype}, not floating-point. "
+                f"Leave it out with `where`, or pass scores=."
+            )
+
+
 def _given_scores(
     scores: PyTree, params: PyTree, names: list[str], leaves: list[Any], indices: list[int]
 ) -> tuple[list[Any], list[int]]:
-    if callable(scores) and not jax.tree.leaves(scores, is_leaf=trees.is_array):
+    if callable(scores) and not any(map(trees.is_array, jax.tree.leaves(scores))):
         raise TypeError(
             f"compute_masks: scores must be a tree, got {scores!r}. Call it: scores=score(params, grads)."
         )
@@ -376,6 +430,7 @@ def _is_number(leaf: Any) -> bool:
 
 
 def _zero(leaf: jax.Array, mask: jax.Array) -> jax.Array:
+    leaf = jnp.asarray(leaf)
     return jnp.where(mask, leaf, jnp.zeros((), leaf.dtype))
 
 

@@ -14,6 +14,8 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
+from prunax import trees
+
 __all__ = ["NM", "Block", "Channel", "ConstantFanIn", "Pattern", "Unstructured"]
 
 Shape = tuple[int, ...]
@@ -106,6 +108,10 @@ class ConstantFanIn:
 
     max_sparsity = None
     compare_axis = -1
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.axis, int):
+            object.__setattr__(self, "axis", tuple(self.axis))  # hashable, whatever was given
 
     def _axes(self, ndim: int) -> tuple[int, ...]:
         axes = (self.axis,) if isinstance(self.axis, int) else self.axis
@@ -233,6 +239,7 @@ class Block:
             raise ValueError(
                 f"Block: needs two positive lengths (height, width), got {self.shape}."
             )
+        object.__setattr__(self, "shape", tuple(self.shape))  # hashable, whatever was given
 
     def check(self, shape: Shape) -> str | None:
         return (
@@ -256,7 +263,7 @@ class Block:
                 x, jnp.zeros((), x.dtype), jax.lax.add, window, window, padding
             )
 
-        x = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+        x = scores.astype(trees.wide_dtype(scores.dtype))
         return total(x) / total(jnp.ones_like(x))
 
     def expand(self, mask: jax.Array, shape: Shape) -> jax.Array:
@@ -302,7 +309,7 @@ class Channel:
 
     def pool(self, scores: jax.Array) -> jax.Array:
         others = tuple(a for a in range(scores.ndim) if a != self.axis % scores.ndim)
-        return jnp.mean(scores.astype(jnp.promote_types(scores.dtype, jnp.float32)), axis=others)
+        return jnp.mean(scores.astype(trees.wide_dtype(scores.dtype)), axis=others)
 
     def expand(self, mask: jax.Array, shape: Shape) -> jax.Array:
         others = tuple(a for a in range(len(shape)) if a != self.axis % len(shape))
@@ -310,7 +317,10 @@ class Channel:
 
 
 def _check_axes(axis: int | tuple[int, ...], shape: Shape) -> str | None:
-    for a in (axis,) if isinstance(axis, int) else axis:
+    axes = (axis,) if isinstance(axis, int) else axis
+    for a in axes:
         if not -len(shape) <= a < len(shape):
             return f"axis {a} does not exist in the shape {shape}"
+    if len({a % len(shape) for a in axes}) < len(axes):
+        return f"the axes {axes} name one axis of the shape {shape} twice"
     return None

@@ -163,10 +163,11 @@ def summarize(params: PyTree, masks: PyTree | None = None) -> Summary:
         if mask is None:
             prunable = trees.is_kernel(name, leaf)
             kept = _count(leaf) if prunable else size
+        elif np.shape(mask) == ():
+            # A leaf without axes has a 0-d mask in any case; it shows as prunable once it is pruned.
+            prunable, kept = not leaf.shape and not mask, size if mask else 0
         elif np.shape(mask) == leaf.shape:
             prunable, kept = True, _count(mask)
-        elif np.shape(mask) == ():
-            prunable, kept = False, size if bool(mask) else 0
         else:
             raise ValueError(
                 f"summarize: the mask of {name!r} has shape {np.shape(mask)}, the leaf has {leaf.shape}. "

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from prunax import trees
+
 __all__ = ["Schedule", "alternating", "constant", "one_shot", "polynomial"]
 
 Step = int | jax.Array
@@ -58,7 +60,7 @@ class constant:
     def __post_init__(self) -> None:
         check_sparsity("constant", self.target)
         if self.every is not None:
-            _check_steps("constant", every=self.every)
+            check_steps("constant", every=self.every)
 
     def __call__(self, step: Step) -> Any:
         return _where(step == step, self.target, 0.0)
@@ -90,7 +92,7 @@ class one_shot:
 
     def __post_init__(self) -> None:
         check_sparsity("one_shot", self.target)
-        _check_steps("one_shot", step=self.step)
+        check_steps("one_shot", step=self.step)
 
     def __call__(self, step: Step) -> Any:
         return _where(step >= self.step, self.target, 0.0)
@@ -138,7 +140,7 @@ class polynomial:
     def __post_init__(self) -> None:
         check_sparsity("polynomial", self.target)
         check_sparsity("polynomial", self.initial, "initial")
-        _check_steps(
+        check_steps(
             "polynomial", begin_step=self.begin_step, end_step=self.end_step, every=self.every
         )
         if self.end_step <= self.begin_step:
@@ -198,7 +200,7 @@ class alternating:
 
     def __post_init__(self) -> None:
         check_sparsity("alternating", self.target)
-        _check_steps("alternating", begin_step=self.begin_step, end_step=self.end_step)
+        check_steps("alternating", begin_step=self.begin_step, end_step=self.end_step)
         if self.end_step < self.begin_step:
             raise ValueError(
                 f"alternating: end_step must not come before begin_step, got {self.end_step} and {self.begin_step}."
@@ -222,19 +224,27 @@ class alternating:
 
 def as_schedule(sparsity: Any) -> Schedule:
     """Turn a number into `constant`, and pass a schedule through."""
-    if hasattr(sparsity, "is_update_step"):
+    if hasattr(sparsity, "is_update_step") and not isinstance(sparsity, type):
         return sparsity
     if callable(sparsity):
         raise TypeError(
             f"prune: sparsity must be a number or a schedule with `is_update_step`, got {sparsity!r}. "
             f"See prunax.schedules."
         )
+    if trees.is_traced(sparsity):
+        raise TypeError(
+            "prune: sparsity must be known when the transformation is built, got a traced value. A schedule from "
+            "prunax.schedules moves it; under optax.inject_hyperparams name it in `static_args`."
+        )
+    check_sparsity("prune", sparsity)
     return constant(sparsity)
 
 
 def check_sparsity(function: str, value: Any, name: str = "sparsity") -> None:
     """Raise ValueError or TypeError unless a concrete sparsity is a number in [0, 1]."""
     try:
+        if isinstance(value, str):
+            raise TypeError
         number = float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{function}: {name} must be a number in [0, 1], got {value!r}.") from None
@@ -243,7 +253,8 @@ def check_sparsity(function: str, value: Any, name: str = "sparsity") -> None:
         raise ValueError(f"{function}: {name} must lie in [0, 1], got {value}.{percent}")
 
 
-def _check_steps(function: str, **steps: int) -> None:
+def check_steps(function: str, **steps: int) -> None:
+    """Raise ValueError unless every step is a whole number of at least 0, and `every` of at least 1."""
     for name, value in steps.items():
         least = 1 if name == "every" else 0
         if math.isnan(value) or value < least or value != int(value):

@@ -85,7 +85,7 @@ def saliency(params: PyTree, grads: PyTree) -> PyTree:
         Molchanov et al., Pruning Convolutional Neural Networks for Resource Efficient Inference, 2017,
         arXiv:1611.06440, equation 8.
     """
-    return _score("saliency", lambda w, g: jnp.abs(w * g), params, grads)
+    return _score("saliency", lambda w, g: jnp.abs(w * g), params, grads, wide=True)
 
 
 def fisher(
@@ -116,8 +116,8 @@ def fisher(
         out).
     """
     if second_moment is not None:
-        return _score("fisher", lambda w, f: jnp.square(w) * f, params, second_moment)
-    return _score("fisher", lambda w, g: jnp.square(w) * jnp.square(g), params, grads)
+        return _score("fisher", lambda w, f: jnp.square(w) * f, params, second_moment, wide=True)
+    return _score("fisher", lambda w, g: jnp.square(w * g), params, grads, wide=True)
 
 
 def random(params: PyTree, grads: PyTree | None = None, *, key: jax.Array) -> PyTree:
@@ -145,8 +145,13 @@ def random(params: PyTree, grads: PyTree | None = None, *, key: jax.Array) -> Py
     )
 
 
-def _score(name: str, function: Any, params: PyTree, other: PyTree | None = ...) -> PyTree:
-    """Map a formula over the floating-point leaves of the params and of a tree like them."""
+def _score(
+    name: str, function: Any, params: PyTree, other: PyTree | None = ..., *, wide: bool = False
+) -> PyTree:
+    """Map a formula over the floating-point leaves of the params and of a tree like them.
+
+    A `wide` formula multiplies, and is given at least float32: float16 products would underflow to ties.
+    """
     leaves, treedef = jax.tree.flatten(params)
     if other is ...:
         return treedef.unflatten(
@@ -157,10 +162,19 @@ def _score(name: str, function: Any, params: PyTree, other: PyTree | None = ...)
             f"scores.{name}: needs gradients, got None. Call scores.{name}(params, grads)."
         )
     others = trees.leaves_like(f"scores.{name}", "gradients", other, params)
-    return treedef.unflatten(
-        function(leaf, o) if _is_float(leaf) else _no_score()
-        for leaf, o in zip(leaves, others, strict=True)
-    )
+    scores = []
+    for path, leaf, o in zip(trees.paths(params), leaves, others, strict=True):
+        if not _is_float(leaf):
+            scores.append(_no_score())
+            continue
+        if jnp.shape(o) != leaf.shape:
+            raise ValueError(
+                f"scores.{name}: the gradient of {path!r} has shape {jnp.shape(o)}, the leaf has {leaf.shape}. "
+                f"Differentiate with respect to these params."
+            )
+        dtype = trees.wide_dtype(leaf.dtype, o.dtype)
+        scores.append(function(leaf.astype(dtype), o.astype(dtype)) if wide else function(leaf, o))
+    return treedef.unflatten(scores)
 
 
 def _is_float(leaf: Any) -> bool:

@@ -39,6 +39,11 @@ def as_count(value: Any) -> Count:
     return value if isinstance(value, Count) else Count.of(value)
 
 
+def add(a: Any, b: Any) -> Count:
+    """Add two numbers, each an int or a `Count`."""
+    return _add(as_count(a), as_count(b))
+
+
 def _add(a: Count, b: Count) -> Count:
     lo = a.lo + b.lo
     return Count(a.hi + b.hi + (lo < a.lo).astype(jnp.uint32), lo)

@@ -88,6 +88,14 @@ def is_array(leaf: Any) -> bool:
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
+def wide_dtype(*dtypes: Any) -> Any:
+    """The dtype to calculate in: float64 where one is given, float32 for all narrower ones.
+
+    `jnp.promote_types` would do, but raises for bfloat16 and float32 under strict promotion.
+    """
+    return jnp.float64 if any(dtype == jnp.float64 for dtype in dtypes) else jnp.float32
+
+
 def is_traced(*leaves: Any) -> bool:
     """Say whether any leaf is being traced, so that its values cannot be looked at."""
     return any(isinstance(leaf, Tracer | jax.ShapeDtypeStruct) for leaf in leaves)

@@ -1,5 +1,6 @@
 """Dynamic sparse training: drop the weakest connections, grow as many new ones, keep the number constant."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from prunax import allocation as allocations
 from prunax import masks as mask_functions
 from prunax import patterns, schedules, selection, trees
 from prunax import scores as score_functions
-from prunax.transforms.masked import Prunable, PruneState, Ranking, any_nan, train_masked
+from prunax.transforms.masked import Prunable, Ranking, any_nan, train_masked
 from prunax.transforms.pruning import prune
 
 __all__ = ["dynamic_sparse", "rigl", "sparse_evolutionary", "static_sparse"]
@@ -111,32 +112,140 @@ def dynamic_sparse(
         count: jax.Array, params: PyTree, grads: PyTree, prunable: Prunable, masks: list[jax.Array]
     ) -> Ranking:
         leaves = [(p, a.shape) for p, a in zip(prunable.paths, prunable.arrays, strict=True)]
-        budgets, structure = mask_functions.plan(
-            leaves, schedule.target, allocation=allocation, pattern=pattern
-        )
-
-        def choose(scores: list[jax.Array], pruned: list[Any]) -> list[jax.Array]:
-            return mask_functions.select_masks(
-                scores, pruned, pattern=pattern, structure=structure
+        plan = mask_functions.plan(leaves, schedule.target, allocation=allocation, pattern=pattern)
+        if plan.rescale is not None:
+            raise ValueError(
+                "dynamic_sparse: the allocation rescales scores, which connections that stay or go in any case have "
+                "none of. Use allocation.erdos_renyi, uniform, global_ranking or by_path."
             )
 
-        def start(_: list[jax.Array]) -> Ranking:
-            scores = prunable.of(_call(initial, params, grads, key), params, "initial scores")
-            return Ranking(choose(scores, budgets), any_nan(scores))
+        def score(function: Callable[..., PyTree], noun: str) -> list[jax.Array]:
+            fresh = {"key": jax.random.fold_in(key, count)} if _needs_key(function) else {}
+            scores = prunable.of(function(params, grads, **fresh), params, noun)
+            return [
+                jnp.broadcast_to(s, a.shape) for s, a in zip(scores, prunable.arrays, strict=True)
+            ]
+
+        def choose(scores: list[jax.Array], budgets: list[Any]) -> list[jax.Array]:
+            return mask_functions.select_masks(
+                scores, budgets, pattern=pattern, structure=plan.structure
+            )
+
+        def start(masks: list[jax.Array]) -> Ranking:
+            del masks
+            scores = score(initial, "initial scores")
+            return Ranking(choose(scores, plan.budgets), any_nan(scores))
 
         def move(masks: list[jax.Array]) -> Ranking:
-            sizes = mask_functions.pool_sizes(leaves, structure, pattern)
-            dropped = [
-                selection.add_pruned(b, selection.num_pruned(fraction(count), n - int(b)))
-                for b, n in zip(budgets, sizes, strict=True)
+            drops, grows = score(drop, "drop scores"), score(grow, "grow scores")
+            f = fraction(count)
+            lowered = [
+                selection.add(budget, selection.num_pruned(f, size - budget))
+                for budget, size in zip(plan.budgets, plan.sizes, strict=True)
             ]
-            drops = prunable.of(_call(drop, params, grads, key), params, "drop scores")
-            grows = prunable.of(
-                _call(grow, params, grads, jax.random.fold_in(key, count)), params, "grow scores"
-            )
-            kept = choose([_rank(m, s, -jnp.inf) for m, s in zip(masks, drops, strict=True)], dropped)
-            new = choose([_rank(~m, s, jnp.inf) for m, s in zip(kept, grows, strict=True)], budgets)
-            return Ranking(new, any_nan(drops) | any_nan(grows))
+            active = [jnp.where(m, s, -jnp.inf) for m, s in zip(masks, drops, strict=True)]
+            left = choose(active, lowered)
+            wanted = [jnp.where(m, jnp.inf, s) for m, s in zip(left, grows, strict=True)]
+            return Ranking(choose(wanted, plan.budgets), any_nan(drops) | any_nan(grows))
 
         return jax.lax.cond(count == 0, start, move, masks)
-    raise NotImplementedError
+
+    return train_masked(
+        inner,
+        is_update_step,
+        next_masks,
+        pattern=pattern,
+        where=where,
+        mask_gradients=mask_gradients,
+        packed=packed,
+    )
+
+
+def rigl(
+    inner: optax.GradientTransformation, sparsity: float, *, key: jax.Array, **options: Any
+) -> optax.GradientTransformationExtraArgs:
+    """RigL: `dynamic_sparse` that grows the connections with the largest gradients.
+
+    Args:
+        inner: Any optax transformation.
+        sparsity: Fraction of weights that are zero throughout, in [0, 1].
+        key: A JAX random key for the first masks.
+        **options: Any other argument of `dynamic_sparse`. RigL as published has ``every=100, drop_fraction=0.3`` and
+            ``end_step`` at three quarters of the training.
+
+    Returns:
+        A `optax.GradientTransformationExtraArgs` whose state is a `PruneState`.
+
+    Raises:
+        ValueError: As `dynamic_sparse`.
+
+    Examples:
+        >>> import jax, optax, prunax
+        >>> tx = prunax.transforms.rigl(optax.adam(1e-3), 0.9, key=jax.random.key(0), every=100, end_step=7500)
+
+    References:
+        Evci et al., Rigging the Lottery: Making All Tickets Winners, 2020, arXiv:1911.11134, algorithm 1.
+    """
+    return dynamic_sparse(inner, sparsity, grow=score_functions.gradient, key=key, **options)
+
+
+def sparse_evolutionary(
+    inner: optax.GradientTransformation, sparsity: float, *, key: jax.Array, **options: Any
+) -> optax.GradientTransformationExtraArgs:
+    """SET, sparse evolutionary training: `dynamic_sparse` that grows connections at random.
+
+    Args:
+        inner: Any optax transformation.
+        sparsity: Fraction of weights that are zero throughout, in [0, 1].
+        key: A JAX random key for the first masks and the growth.
+        **options: Any other argument of `dynamic_sparse`. SET as published has a constant drop fraction of 0.3, as here
+            without ``end_step``.
+
+    Returns:
+        A `optax.GradientTransformationExtraArgs` whose state is a `PruneState`.
+
+    Raises:
+        ValueError: As `dynamic_sparse`.
+
+    Examples:
+        >>> import jax, optax, prunax
+        >>> tx = prunax.transforms.sparse_evolutionary(optax.adam(1e-3), 0.9, key=jax.random.key(0))
+
+    References:
+        Mocanu et al., Scalable Training of Artificial Neural Networks with Adaptive Sparse Connectivity, 2018,
+        arXiv:1707.04780, algorithm 1 (dropping by magnitude, without regard to sign).
+    """
+    return dynamic_sparse(inner, sparsity, grow=score_functions.random, key=key, **options)
+
+
+def static_sparse(
+    inner: optax.GradientTransformation, sparsity: float, *, key: jax.Array, **options: Any
+) -> optax.GradientTransformationExtraArgs:
+    """Train random masks, fixed from the first step on: the baseline of dynamic sparse training.
+
+    Args:
+        inner: Any optax transformation.
+        sparsity: Fraction of weights that are zero throughout, in [0, 1].
+        key: A JAX random key for the masks.
+        **options: Any other argument of `prune`. The allocation is `allocation.erdos_renyi` where none is given.
+
+    Returns:
+        A `optax.GradientTransformationExtraArgs` whose state is a `PruneState`.
+
+    Raises:
+        ValueError: As `prune`.
+
+    Examples:
+        >>> import jax, optax, prunax
+        >>> tx = prunax.transforms.static_sparse(optax.adam(1e-3), 0.9, key=jax.random.key(0))
+
+    References:
+        The static baseline of Evci et al., 2020, arXiv:1911.11134, section 4.
+    """
+    options = {"allocation": allocations.erdos_renyi} | options
+    return prune(inner, sparsity, score=score_functions.random, key=key, **options)
+
+
+def _needs_key(score: Callable[..., PyTree]) -> bool:
+    parameter = inspect.signature(score).parameters.get("key")
+    return parameter is not None and parameter.default is inspect.Parameter.empty

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from prunax import masks as mask_functions
-from prunax import packing, patterns, schedules, trees
+from prunax import packing, patterns, schedules, selection, trees
 
 __all__ = ["PruneState", "unpack_masks"]
 
@@ -202,26 +202,28 @@ def unpack_masks(masks: PyTree, params: PyTree) -> PyTree:
     )
 
 
-def budgets_at(
+def plan_at(
     schedule: schedules.Schedule,
     count: jax.Array,
     leaves: list[tuple[str, tuple[int, ...]]],
     allocation: Any,
     pattern: patterns.Pattern,
-) -> tuple[list[Any], mask_functions.Structure]:
-    """Budgets at a traced step, as `masks.plan` gives them.
+) -> mask_functions.Plan:
+    """Make the plan of a traced step.
 
     Exact at the schedule's target, whose float32 value would be off in pools beyond 2**24 units.
     """
     sparsity = jnp.asarray(schedule(count), jnp.float32)
-    now, structure = mask_functions.plan(leaves, sparsity, allocation=allocation, pattern=pattern)
-    final, _ = mask_functions.plan(leaves, schedule.target, allocation=allocation, pattern=pattern)
+    now = mask_functions.plan(leaves, sparsity, allocation=allocation, pattern=pattern)
+    final = mask_functions.plan(leaves, schedule.target, allocation=allocation, pattern=pattern)
     reached = sparsity == jnp.float32(schedule.target)
-    return jax.tree.map(
-        lambda f, n: jnp.where(reached, jnp.asarray(f, jnp.uint32), jnp.asarray(n, jnp.uint32)),
-        final,
-        now,
-    ), structure
+    budgets = [
+        jax.tree.map(
+            lambda f, n: jnp.where(reached, f, n), selection.as_count(f), selection.as_count(n)
+        )
+        for f, n in zip(final.budgets, now.budgets, strict=True)
+    ]
+    return now._replace(budgets=budgets)
 
 
 def any_nan(arrays: Arrays) -> jax.Array:

@@ -11,7 +11,7 @@ from prunax import allocation as allocations
 from prunax import masks as mask_functions
 from prunax import patterns, schedules, trees
 from prunax import scores as score_functions
-from prunax.transforms.masked import Prunable, Ranking, any_nan, budgets_at, train_masked
+from prunax.transforms.masked import Prunable, Ranking, any_nan, plan_at, train_masked
 
 __all__ = ["prune"]
 
@@ -86,14 +86,13 @@ def prune(
             n for n, a in enumerate(prunable.arrays) if jnp.ndim(scores[n]) or not jnp.ndim(a)
         ]
         leaves = [(prunable.paths[n], prunable.arrays[n].shape) for n in scored]
-        budgets, structure = budgets_at(schedule, count, leaves, allocation, pattern)
+        now = plan_at(schedule, count, leaves, allocation, pattern)
         chosen = [scores[n] for n in scored]
+        ranked = mask_functions.select_masks(
+            chosen, now.budgets, pattern=pattern, structure=now.structure
+        )
         kept = list(masks)
-        for n, mask in zip(
-            scored,
-            mask_functions.select_masks(chosen, budgets, pattern=pattern, structure=structure),
-            strict=True,
-        ):
+        for n, mask in zip(scored, ranked, strict=True):
             kept[n] = mask
         return Ranking(kept, any_nan(chosen))
 
