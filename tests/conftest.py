@@ -1,4 +1,4 @@
-"""How every test runs: eight CPU devices, strict promotion, a compilation cache.
+"""How the tests run: eight CPU devices, strict promotion, a compilation cache.
 
 The environment is set before jax is imported, since jax reads it once.
 """
@@ -6,9 +6,9 @@ The environment is set before jax is imported, since jax reads it once.
 import os
 from pathlib import Path
 
-FLAG = "--xla_force_host_platform_device_count"
-if FLAG not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}=8".strip()
+DEVICES = "--xla_force_host_platform_device_count"
+if DEVICES not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}=8".strip()
 CACHE = Path(__file__).parents[1] / ".cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -18,24 +18,23 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_enable_x64", False)
-jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Compilation makes the first example slow: no deadline. Fixed examples: a red test stays red.
+# Compilation makes a first example slow: no deadline. Fixed examples: what is red stays red.
 hypothesis.settings.register_profile(
     "prunax", deadline=None, derandomize=True, database=None, max_examples=50
 )
 hypothesis.settings.load_profile("prunax")
 
 
-@pytest.fixture
-def relaxed_promotion():
-    """JAX's standard promotion, for models of other libraries. Also a marker of this name."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
-
-
 @pytest.fixture(autouse=True)
 def _promotion(request):
-    if request.node.get_closest_marker("relaxed_promotion"):
-        request.getfixturevalue("relaxed_promotion")
+    """Strict, except where the marker says that models of other libraries cannot do with it.
+
+    The examples in prunax's docstrings, which stand outside this folder, run as users run them.
+    """
+    relaxed = request.node.get_closest_marker("relaxed_promotion") is not None
+    with (
+        jax.numpy_dtype_promotion("standard" if relaxed else "strict"),
+        jax.numpy_rank_promotion("allow" if relaxed else "raise"),
+    ):
+        yield

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "prunax"
 LAYERS = [
     {"trees"},
-    {"scores", "patterns", "selection", "schedules", "jaxprs"},
+    {"scores", "patterns", "selection", "schedules", "packing", "jaxprs"},
     {"allocation"},
     {"masks", "report", "plots"},
     {"transforms", "calibration", "structured", "search", "export"},
