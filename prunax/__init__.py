@@ -5,7 +5,17 @@ Pure functions map parameter pytrees to mask pytrees, and an optax transformatio
     params -> scores -> pools (allocation) -> masks (pattern + selection) -> apply / train (optax)
 """
 
-from prunax import allocation, packing, patterns, schedules, scores, selection, transforms, trees
+from prunax import (
+    allocation,
+    packing,
+    patterns,
+    penalties,
+    schedules,
+    scores,
+    selection,
+    transforms,
+    trees,
+)
 from prunax.masks import apply_masks, compute_masks, straight_through
 from prunax.report import Summary, summarize
 from prunax.transforms import prune
@@ -19,6 +29,7 @@ __all__ = [
     "compute_masks",
     "packing",
     "patterns",
+    "penalties",
     "prune",
     "schedules",
     "scores",

@@ -254,10 +254,13 @@ def _unit_rms(scores: jax.Array) -> jax.Array:
 
 def _lamp_scores(scores: jax.Array) -> jax.Array:
     x = jnp.abs(scores.astype(trees.wide_dtype(scores.dtype))).reshape(-1)
-    # Relative to the largest, so that no square overflows. NaN counts as nothing here and ranks lowest in the end.
-    largest = jnp.max(jnp.where(jnp.isnan(x), 0, x), initial=0)
-    relative = jnp.where(jnp.isinf(x), 1, x / jnp.where(largest > 0, largest, 1))
-    square = jnp.square(jnp.where(jnp.isnan(x), 0, relative))
+    # NaN counts as nothing here and ranks lowest in the end. Next to an infinite score finite ones are as nothing too.
+    # Divided by a power of two near the largest, no square overflows and no score changes by rounding.
+    numbers = jnp.where(jnp.isnan(x), 0, x)
+    largest = jnp.max(numbers, initial=0)
+    _, exponent = jnp.frexp(largest)
+    infinite = jnp.isinf(numbers).astype(x.dtype)
+    square = jnp.square(jnp.where(jnp.isinf(largest), infinite, jnp.ldexp(numbers, -exponent)))
     # Stable, so that of equal magnitudes the lower index has the smaller sum behind it and the larger score.
     order = jnp.argsort(square, descending=True, stable=True)
     ranked = square[order]

@@ -70,48 +70,41 @@ def compute_masks(
     References:
         Exact selection, ties and rounding are defined in the documentation of `prunax.selection`.
     """
-    names, leaves, indices, treedef = trees.select(params, where)
-    if not indices:
+    chosen = trees.select(params, where)
+    if not chosen.indices:
         raise ValueError(
-            f"compute_masks: `where` selects no leaf. The leaves are: {', '.join(names) or 'none'}. "
+            f"compute_masks: `where` selects no leaf. The leaves are: {', '.join(trees.paths(params)) or 'none'}. "
             f"Pass where=lambda path, leaf: ... that is true for the ones to prune."
         )
     if scores is None:
-        score_leaves = leaves
-        _check_floating(names, leaves, indices)
+        score_leaves = chosen.leaves
+        _check_floating(chosen)
     else:
-        score_leaves, indices = _given_scores(scores, params, names, leaves, indices)
+        chosen, score_leaves = _given_scores(scores, chosen)
     _check_request(sparsity, threshold, allocation, pattern)
-    check_pattern("compute_masks", pattern, [(names[i], leaves[i].shape) for i in indices])
+    patterns.check_fit("compute_masks", pattern, chosen.shapes)
 
-    chosen = [score_leaves[i] for i in indices]
     if threshold is not None:
-        kept, has_nan = _above_threshold(chosen, threshold, pattern=pattern)
+        kept, has_nan = _above_threshold(score_leaves, threshold, pattern=pattern)
     else:
-        chosen_plan = plan(
-            [(names[i], leaves[i].shape) for i in indices],
-            sparsity,
-            allocation=allocation,
-            pattern=pattern,
-        )
+        pools = plan(chosen.shapes, sparsity, allocation=allocation, pattern=pattern)
         kept, has_nan = _select(
-            chosen,
-            [selection.as_count(budget) for budget in chosen_plan.budgets],
+            score_leaves,
+            [selection.as_count(budget) for budget in pools.budgets],
             magnitude=scores is None,
             pattern=pattern,
-            structure=chosen_plan.structure,
+            structure=pools.structure,
         )
     if not trees.is_traced(*has_nan):
-        bad = [names[i] for i, flag in zip(indices, jax.device_get(has_nan), strict=True) if flag]
+        flags = jax.device_get(has_nan)
+        bad = [path for path, flag in zip(chosen.paths, flags, strict=True) if flag]
         if bad:
             raise ValueError(
                 f"compute_masks: the scores of {', '.join(map(repr, bad))} contain NaN, which cannot be ranked. "
                 f"Look for the step that made them, or replace them with jnp.nan_to_num."
             )
-    masks = [trees.keep_all() for _ in leaves]  # a buffer each, so that the tree can be donated
-    for i, mask in zip(indices, kept, strict=True):
-        masks[i] = mask
-    return treedef.unflatten(masks)
+    # A buffer for each scalar, so that the tree can be donated.
+    return chosen.put(kept, jax.tree.map(lambda _: trees.keep_all(), params))
 
 
 def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
@@ -346,56 +339,44 @@ def _check_request(
         )
 
 
-def check_pattern(
-    function: str, pattern: patterns.Pattern, leaves: Sequence[tuple[str, tuple[int, ...]]]
-) -> None:
-    for path, shape in leaves:
-        problem = pattern.check(shape)
-        if problem is not None:
-            raise ValueError(
-                f"{function}: {pattern} does not fit {path!r} of shape {shape}: {problem}."
-            )
-
-
-def _check_floating(names: list[str], leaves: list[Any], indices: list[int]) -> None:
-    for i in indices:
-        if not jnp.issubdtype(leaves[i].dtype, jnp.floating):
+def _check_floating(chosen: trees.Selection) -> None:
+    for path, leaf in zip(chosen.paths, chosen.leaves, strict=True):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(
-                f"compute_masks: `where` selects {names[i]!r}, which is {leaves[i].dtype}, not floating-point. "
-                f"Leave it out with `where`, or pass scores=."
+                f"compute_masks: `where` selects {path!r}, which is {leaf.dtype} and has no magnitude to rank. "
+                f"Leave it out with `where`, or pass floating-point scores=."
             )
 
 
-def _given_scores(
-    scores: PyTree, params: PyTree, names: list[str], leaves: list[Any], indices: list[int]
-) -> tuple[list[Any], list[int]]:
+def _given_scores(scores: PyTree, chosen: trees.Selection) -> tuple[trees.Selection, list[Any]]:
     if callable(scores) and not any(map(trees.is_array, jax.tree.leaves(scores))):
         raise TypeError(
             f"compute_masks: scores must be a tree, got {scores!r}. Call it: scores=score(params, grads)."
         )
-    score_leaves = trees.leaves_like("compute_masks", "scores", scores, params)
+    score_leaves = chosen.take("compute_masks", "scores", scores)
     scored = []
-    for i in indices:
-        score, leaf = score_leaves[i], leaves[i]
+    for n, (path, leaf, score) in enumerate(
+        zip(chosen.paths, chosen.leaves, score_leaves, strict=True)
+    ):
         if np.shape(score) == () and leaf.ndim > 0:
             continue
         if np.shape(score) != leaf.shape:
             raise ValueError(
-                f"compute_masks: the scores of {names[i]!r} have shape {np.shape(score)}, the leaf has {leaf.shape}. "
+                f"compute_masks: the scores of {path!r} have shape {np.shape(score)}, the leaf has {leaf.shape}. "
                 f"Score every weight, or give the leaf a scalar score to leave it whole."
             )
         if not (trees.is_array(score) and jnp.issubdtype(score.dtype, jnp.floating)):
             raise TypeError(
-                f"compute_masks: the scores of {names[i]!r} must be floating-point, got "
+                f"compute_masks: the scores of {path!r} must be floating-point, got "
                 f"{getattr(score, 'dtype', type(score))}. Convert them with .astype(jnp.float32)."
             )
-        scored.append(i)
+        scored.append(n)
     if not scored:
         raise ValueError(
             f"compute_masks: every selected leaf has a scalar score, which means never pruned: "
-            f"{', '.join(names[i] for i in indices)}. Score at least one of them by weight."
+            f"{', '.join(chosen.paths)}. Score at least one of them by weight."
         )
-    return score_leaves, scored
+    return chosen.only(scored), [score_leaves[n] for n in scored]
 
 
 def _map_masked(

@@ -8,6 +8,7 @@ these members.
 prunax counts axes as Flax does: a kernel is ``(..., in, out)``, a convolution ``(height, width, in, out)``.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -314,6 +315,16 @@ class Channel:
     def expand(self, mask: jax.Array, shape: Shape) -> jax.Array:
         others = tuple(a for a in range(len(shape)) if a != self.axis % len(shape))
         return jnp.broadcast_to(jnp.expand_dims(mask, others), shape)
+
+
+def check_fit(function: str, pattern: Pattern, leaves: Sequence[tuple[str, Shape]]) -> None:
+    """Raise ValueError, naming the leaf and its path, unless the pattern fits every ``(path, shape)``."""
+    for path, shape in leaves:
+        problem = pattern.check(shape)
+        if problem is not None:
+            raise ValueError(
+                f"{function}: {pattern} does not fit {path!r} of shape {shape}: {problem}."
+            )
 
 
 def _check_axes(axis: int | tuple[int, ...], shape: Shape) -> str | None:

@@ -3,8 +3,8 @@
 Every path in prunax is spelled here, once: ``encoder/0/kernel``.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -101,25 +101,62 @@ def is_traced(*leaves: Any) -> bool:
     return any(isinstance(leaf, Tracer | jax.ShapeDtypeStruct) for leaf in leaves)
 
 
-def select(params: PyTree, where: Where) -> tuple[list[str], list[Any], list[int], Any]:
-    """Flatten params and choose the leaves to prune.
+class Selection(NamedTuple):
+    """The leaves that `where` chose, and what it takes to put others in their places.
+
+    Attributes:
+        params: The tree they were chosen from.
+        indices: Their places among its leaves, in tree order.
+        paths: Their paths.
+        leaves: The chosen leaves.
+    """
+
+    params: PyTree
+    indices: list[int]
+    paths: list[str]
+    leaves: list[Any]
+
+    @property
+    def shapes(self) -> list[tuple[str, tuple[int, ...]]]:
+        """``(path, shape)`` of each chosen leaf."""
+        return [(path, leaf.shape) for path, leaf in zip(self.paths, self.leaves, strict=True)]
+
+    def only(self, which: Sequence[int]) -> "Selection":
+        """Narrow the choice to some of the chosen leaves."""
+        indices, paths = [self.indices[n] for n in which], [self.paths[n] for n in which]
+        return Selection(self.params, indices, paths, [self.leaves[n] for n in which])
+
+    def take(self, function: str, noun: str, tree: PyTree) -> list[Any]:
+        """Flatten a tree like the params (see `leaves_like`) and take the leaves in the chosen places."""
+        leaves = leaves_like(function, noun, tree, self.params)
+        return [leaves[i] for i in self.indices]
+
+    def put(self, leaves: Sequence[Any], tree: PyTree) -> PyTree:
+        """Copy a tree like the params with other leaves in the chosen places."""
+        whole, treedef = jax.tree.flatten(tree)
+        for i, leaf in zip(self.indices, leaves, strict=True):
+            whole[i] = leaf
+        return treedef.unflatten(whole)
+
+
+def select(params: PyTree, where: Where) -> Selection:
+    """Choose the leaves to prune.
 
     Args:
         params: Any pytree of arrays; leaves that are not arrays are never chosen.
         where: ``where(path, leaf) -> bool``.
 
     Returns:
-        ``(paths, leaves, indices, treedef)``: all paths and leaves in tree order, and the indices of the chosen ones.
+        The chosen leaves, none perhaps.
     """
-    flat, treedef = jax.tree_util.tree_flatten_with_path(params)
-    names = [path_name(path) for path, _ in flat]
-    leaves = [leaf for _, leaf in flat]
-    indices = [
-        i
-        for i, (name, leaf) in enumerate(zip(names, leaves, strict=True))
-        if is_array(leaf) and where(name, leaf)
+    chosen = [
+        (i, path_name(path), leaf)
+        for i, (path, leaf) in enumerate(jax.tree_util.tree_flatten_with_path(params)[0])
+        if is_array(leaf) and where(path_name(path), leaf)
     ]
-    return names, leaves, indices, treedef
+    return Selection(
+        params, [i for i, _, _ in chosen], [p for _, p, _ in chosen], [x for _, _, x in chosen]
+    )
 
 
 def leaves_like(function: str, noun: str, tree: PyTree, params: PyTree) -> list[Any]:

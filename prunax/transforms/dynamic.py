@@ -12,7 +12,7 @@ from prunax import allocation as allocations
 from prunax import masks as mask_functions
 from prunax import patterns, schedules, selection, trees
 from prunax import scores as score_functions
-from prunax.transforms.masked import Prunable, Ranking, any_nan, train_masked
+from prunax.transforms.masked import Ranking, any_nan, train_masked
 from prunax.transforms.pruning import prune
 
 __all__ = ["dynamic_sparse", "rigl", "sparse_evolutionary", "static_sparse"]
@@ -86,8 +86,8 @@ def dynamic_sparse(
         16
 
     References:
-        Evci et al., Rigging the Lottery, 2020, arXiv:1911.11134, section 3; Mocanu et al., 2018, arXiv:1707.04780; Lasby
-        et al. (SRigL), 2024, arXiv:2305.02299.
+        Evci et al., Rigging the Lottery, 2020, arXiv:1911.11134, section 3; Mocanu et al., 2018, arXiv:1707.04780;
+        Lasby et al. (SRigL), 2024, arXiv:2305.02299.
     """
     schedule = schedules.as_schedule(pattern.max_sparsity if sparsity is None else sparsity)
     schedules.check_steps("dynamic_sparse", every=every)
@@ -109,10 +109,11 @@ def dynamic_sparse(
         return due if end_step is None else due & ((count < end_step) | (count == 0))
 
     def next_masks(
-        count: jax.Array, params: PyTree, grads: PyTree, prunable: Prunable, masks: list[jax.Array]
+        count: jax.Array, grads: PyTree, chosen: trees.Selection, masks: list[jax.Array]
     ) -> Ranking:
-        leaves = [(p, a.shape) for p, a in zip(prunable.paths, prunable.arrays, strict=True)]
-        plan = mask_functions.plan(leaves, schedule.target, allocation=allocation, pattern=pattern)
+        plan = mask_functions.plan(
+            chosen.shapes, schedule.target, allocation=allocation, pattern=pattern
+        )
         if plan.rescale is not None:
             raise ValueError(
                 "dynamic_sparse: the allocation rescales scores, which connections that stay or go in any case have "
@@ -121,9 +122,9 @@ def dynamic_sparse(
 
         def score(function: Callable[..., PyTree], noun: str) -> list[jax.Array]:
             fresh = {"key": jax.random.fold_in(key, count)} if _needs_key(function) else {}
-            scores = prunable.of(function(params, grads, **fresh), params, noun)
+            scores = chosen.take("dynamic_sparse", noun, function(chosen.params, grads, **fresh))
             return [
-                jnp.broadcast_to(s, a.shape) for s, a in zip(scores, prunable.arrays, strict=True)
+                jnp.broadcast_to(s, a.shape) for s, a in zip(scores, chosen.leaves, strict=True)
             ]
 
         def choose(scores: list[jax.Array], budgets: list[Any]) -> list[jax.Array]:

@@ -39,25 +39,6 @@ class PruneState(NamedTuple):
     skipped_updates: jax.Array
 
 
-class Prunable(NamedTuple):
-    """The leaves that a transformation prunes.
-
-    Attributes:
-        indices: Their places among the leaves of the params.
-        paths: Their paths.
-        arrays: The leaves.
-    """
-
-    indices: list[int]
-    paths: list[str]
-    arrays: Arrays
-
-    def of(self, tree: PyTree, params: PyTree, noun: str) -> Arrays:
-        """Take the same leaves of a tree like the params."""
-        leaves = trees.leaves_like("prune", noun, tree, params)
-        return [leaves[i] for i in self.indices]
-
-
 class Ranking(NamedTuple):
     """What a mask update comes to.
 
@@ -70,8 +51,8 @@ class Ranking(NamedTuple):
     has_nan: jax.Array
 
 
-# next_masks(count, params, grads, prunable, masks of the prunable leaves before) -> Ranking
-NextMasks = Callable[[jax.Array, PyTree, PyTree, Prunable, Arrays], Ranking]
+# next_masks(count, grads, selection of the params, masks of its leaves before) -> Ranking
+NextMasks = Callable[[jax.Array, PyTree, trees.Selection, Arrays], Ranking]
 
 
 def train_masked(
@@ -114,29 +95,21 @@ def train_masked(
                 "prune: needs the current parameters to zero the pruned ones. "
                 "Call tx.update(grads, state, params)."
             )
-        names, leaves, indices, treedef = trees.select(params, where)
-        prunable = Prunable(indices, [names[i] for i in indices], [leaves[i] for i in indices])
-        mask_functions.check_pattern(
-            "prune",
-            pattern,
-            [(p, a.shape) for p, a in zip(prunable.paths, prunable.arrays, strict=True)],
-        )
-        stored = prunable.of(state.masks, params, "masks in the state")
-
-        def tree_of(prunable_leaves: Arrays, others: list[Any]) -> PyTree:
-            whole = list(others)
-            for i, leaf in zip(indices, prunable_leaves, strict=True):
-                whole[i] = leaf
-            return treedef.unflatten(whole)
+        chosen = trees.select(params, where)
+        leaves = chosen.leaves
+        patterns.check_fit("prune", pattern, chosen.shapes)
+        stored = chosen.take("prune", "masks in the state", state.masks)
 
         def renew(old: Arrays, inner_state: PyTree) -> tuple[Arrays, PyTree, jax.Array]:
-            before = [unpack(m, a) for m, a in zip(old, prunable.arrays, strict=True)]
-            ranked, has_nan = next_masks(state.count, params, updates, prunable, before)
+            before = [unpack(m, leaf) for m, leaf in zip(old, leaves, strict=True)]
+            ranked, has_nan = next_masks(state.count, updates, chosen, before)
             after = [jnp.where(has_nan, b, r) for b, r in zip(before, ranked, strict=True)]
             if mask_gradients:
+                none = jax.tree.map(lambda _: jnp.zeros((), jnp.bool_), params)
                 grown = [a & ~b for a, b in zip(after, before, strict=True)]
-                no = [jnp.zeros((), jnp.bool_)] * len(leaves)
-                inner_state = optax.tree.map_params(inner, _forget, inner_state, tree_of(grown, no))
+                inner_state = optax.tree.map_params(
+                    inner, _forget, inner_state, chosen.put(grown, none)
+                )
             return [pack(a) for a in after], inner_state, has_nan.astype(jnp.int32)
 
         def keep(old: Arrays, inner_state: PyTree) -> tuple[Arrays, PyTree, jax.Array]:
@@ -145,26 +118,26 @@ def train_masked(
         stored, inner_state, skipped = jax.lax.cond(
             is_update_step(state.count), renew, keep, stored, state.inner_state
         )
-        masks = [unpack(m, a) for m, a in zip(stored, prunable.arrays, strict=True)]
+        masks = [unpack(m, leaf) for m, leaf in zip(stored, leaves, strict=True)]
 
         inner_updates, inner_params = updates, params
         if mask_gradients:
-            grads = trees.leaves_like("prune", "updates", updates, params)
-            inner_updates = tree_of(_zero([grads[i] for i in indices], masks), grads)
-            inner_params = tree_of(_zero(prunable.arrays, masks), leaves)
+            grads = chosen.take("prune", "updates", updates)
+            inner_updates = chosen.put(_zero(grads, masks), updates)
+            inner_params = chosen.put(_zero(leaves, masks), params)
         new_updates, inner_state = inner.update(
             inner_updates, inner_state, inner_params, **extra_args
         )
-
-        emitted = trees.leaves_like("prune", "updates of the inner optimizer", new_updates, params)
-        final = [
+        emitted = [
             # In the parameter's dtype: in a narrower one -param would not cancel it exactly.
-            jnp.where(mask, emitted[i].astype(leaf.dtype), -leaf)
-            for i, mask, leaf in zip(indices, masks, prunable.arrays, strict=True)
+            jnp.where(mask, u.astype(leaf.dtype), -leaf)
+            for mask, u, leaf in zip(
+                masks, chosen.take("prune", "inner updates", new_updates), leaves, strict=True
+            )
         ]
-        return tree_of(final, emitted), PruneState(
+        return chosen.put(emitted, new_updates), PruneState(
             count=jnp.asarray(optax.safe_increment(state.count)),
-            masks=tree_of(stored, jax.tree.leaves(state.masks)),
+            masks=chosen.put(stored, state.masks),
             inner_state=inner_state,
             skipped_updates=state.skipped_updates + skipped,
         )

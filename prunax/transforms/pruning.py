@@ -11,7 +11,7 @@ from prunax import allocation as allocations
 from prunax import masks as mask_functions
 from prunax import patterns, schedules, trees
 from prunax import scores as score_functions
-from prunax.transforms.masked import Prunable, Ranking, any_nan, plan_at, train_masked
+from prunax.transforms.masked import Ranking, any_nan, plan_at, train_masked
 
 __all__ = ["prune"]
 
@@ -78,23 +78,19 @@ def prune(
         score = functools.partial(score, key=key)
 
     def next_masks(
-        count: jax.Array, params: Any, grads: Any, prunable: Prunable, masks: list[jax.Array]
+        count: jax.Array, grads: Any, chosen: trees.Selection, masks: list[jax.Array]
     ) -> Ranking:
-        scores = prunable.of(score(params, grads), params, "scores")
+        scores = chosen.take("prune", "scores", score(chosen.params, grads))
         # A scalar score under a leaf with axes means that the leaf is never pruned.
-        scored = [
-            n for n, a in enumerate(prunable.arrays) if jnp.ndim(scores[n]) or not jnp.ndim(a)
-        ]
-        leaves = [(prunable.paths[n], prunable.arrays[n].shape) for n in scored]
-        now = plan_at(schedule, count, leaves, allocation, pattern)
-        chosen = [scores[n] for n in scored]
+        scored = [n for n, a in enumerate(chosen.leaves) if jnp.ndim(scores[n]) or not a.ndim]
+        plan = plan_at(schedule, count, chosen.only(scored).shapes, allocation, pattern)
         ranked = mask_functions.select_masks(
-            chosen, now.budgets, pattern=pattern, structure=now.structure
+            [scores[n] for n in scored], plan.budgets, pattern=pattern, structure=plan.structure
         )
         kept = list(masks)
         for n, mask in zip(scored, ranked, strict=True):
             kept[n] = mask
-        return Ranking(kept, any_nan(chosen))
+        return Ranking(kept, any_nan(scores))
 
     return train_masked(
         inner,
