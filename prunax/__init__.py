@@ -7,6 +7,8 @@ Pure functions map parameter pytrees to mask pytrees, and an optax transformatio
 
 from prunax import (
     allocation,
+    initialization,
+    lottery,
     packing,
     patterns,
     penalties,
@@ -27,6 +29,8 @@ __all__ = [
     "allocation",
     "apply_masks",
     "compute_masks",
+    "initialization",
+    "lottery",
     "packing",
     "patterns",
     "penalties",

@@ -250,13 +250,26 @@ def select_masks(
     if rescale is not None:
         units = [rescale(u) for u in units]
     if pattern.compare_axis is None:
-        kept = selection.keep_largest(units, pools, budgets)
+        kept = selection.keep_largest(_comparable(units, pools), pools, budgets)
     else:
         kept = [jnp.ones(u.shape, jnp.bool_) for u in units]
         for (i,), budget in zip(pools, budgets, strict=True):
-            k = selection.as_count(budget).lo  # a slice is shorter than 2**32
+            k = jnp.asarray(selection.as_count(budget).lo).astype(
+                jnp.int32
+            )  # no slice reaches 2**31
             kept[i] = selection.keep_largest_along(units[i], pattern.compare_axis, k)
     return [pattern.expand(k, s.shape) for k, s in zip(kept, score_leaves, strict=True)]
+
+
+def _comparable(units: list[jax.Array], pools: tuple[tuple[int, ...], ...]) -> list[jax.Array]:
+    """Give the leaves of each pool one dtype, since selection compares bit patterns."""
+    units = list(units)
+    for pool in pools:
+        dtypes = {units[i].dtype for i in pool}
+        if len(dtypes) > 1:
+            for i in pool:
+                units[i] = units[i].astype(trees.wide_dtype(*dtypes))
+    return units
 
 
 def _slice_budget(pattern: patterns.Pattern, sparsity: Any, length: int, path: str) -> Any:
@@ -379,25 +392,30 @@ def _given_scores(scores: PyTree, chosen: trees.Selection) -> tuple[trees.Select
     return chosen.only(scored), [score_leaves[n] for n in scored]
 
 
-def _map_masked(
-    function: str, mask_leaf: Callable[[Any, Any], Any], params: PyTree, masks: PyTree
-) -> PyTree:
+def check_masks(function: str, params: PyTree, masks: PyTree) -> list[Any]:
+    """Raise ValueError or TypeError, naming the leaf, unless the masks fit the params; return their leaves."""
     mask_leaves = trees.leaves_like(function, "masks", masks, params)
-    names, (leaves, treedef) = trees.paths(params), jax.tree.flatten(params)
-    for name, leaf, mask in zip(names, leaves, mask_leaves, strict=True):
-        dtype = getattr(
-            mask, "dtype", np.dtype(type(mask)) if isinstance(mask, bool) else type(mask)
-        )
+    leaves = jax.tree.leaves(params)
+    for path, leaf, mask in zip(trees.paths(params), leaves, mask_leaves, strict=True):
+        dtype = np.dtype(bool) if isinstance(mask, bool) else getattr(mask, "dtype", type(mask))
         if dtype != np.bool_:
             raise TypeError(
-                f"{function}: the mask of {name!r} must be bool, got {dtype}. Unpack packed masks with "
+                f"{function}: the mask of {path!r} must be bool, got {dtype}. Unpack packed masks with "
                 f"prunax.transforms.unpack_masks; compare scores with a threshold to make a mask."
             )
         if np.shape(mask) not in ((), np.shape(leaf)):
             raise ValueError(
-                f"{function}: the mask of {name!r} has shape {np.shape(mask)}, the leaf has {np.shape(leaf)}. "
+                f"{function}: the mask of {path!r} has shape {np.shape(mask)}, the leaf has {np.shape(leaf)}. "
                 f"A mask has its leaf's shape or is the scalar True."
             )
+    return mask_leaves
+
+
+def _map_masked(
+    function: str, mask_leaf: Callable[[Any, Any], Any], params: PyTree, masks: PyTree
+) -> PyTree:
+    mask_leaves = check_masks(function, params, masks)
+    leaves, treedef = jax.tree.flatten(params)
     return treedef.unflatten(
         mask_leaf(leaf, mask) if _is_number(leaf) else leaf
         for leaf, mask in zip(leaves, mask_leaves, strict=True)

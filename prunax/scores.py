@@ -5,6 +5,8 @@ score tree has the structure of the params. Leaves that are not floating-point a
 pruned. A new score is a new function with that signature.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -12,7 +14,7 @@ import jax.numpy as jnp
 
 from prunax import trees
 
-__all__ = ["fisher", "gradient", "magnitude", "random", "saliency"]
+__all__ = ["ema", "fisher", "gradient", "magnitude", "movement", "random", "saliency"]
 
 PyTree = Any
 
@@ -120,6 +122,33 @@ def fisher(
     return _score("fisher", lambda w, g: jnp.square(w * g), params, grads, wide=True)
 
 
+def movement(params: PyTree, grads: PyTree) -> PyTree:
+    """Score each weight by -w * g: positive where a step against the gradient moves it away from zero.
+
+    One step says little. Averaged over many, ``scores.ema(scores.movement, 0.99)``, it is movement pruning.
+
+    Args:
+        params: Pytree of arrays, any shapes.
+        grads: Gradients of the loss, the params' structure and shapes.
+
+    Returns:
+        Scores of the params' structure and shapes, of both signs.
+
+    Raises:
+        ValueError: If grads is missing or its structure is not that of the params.
+
+    Examples:
+        >>> import jax.numpy as jnp, prunax
+        >>> prunax.scores.movement({"kernel": jnp.array([[2.0, 1.0]])}, {"kernel": jnp.array([[-3.0, 2.0]])})
+        {'kernel': Array([[ 6., -2.]], dtype=float32)}
+
+    References:
+        Sanh et al., Movement Pruning: Adaptive Sparsity by Fine-Tuning, 2020, arXiv:2005.07683, equation 4 (up to the
+        learning rate, and with a decaying average for the sum).
+    """
+    return _score("movement", lambda w, g: -w * g, params, grads, wide=True)
+
+
 def random(params: PyTree, grads: PyTree | None = None, *, key: jax.Array) -> PyTree:
     """Score each weight by an independent uniform number in [0, 1): the baseline for any other score.
 
@@ -143,6 +172,54 @@ def random(params: PyTree, grads: PyTree | None = None, *, key: jax.Array) -> Py
         jax.random.uniform(k, leaf.shape) if _is_float(leaf) else _no_score()
         for k, leaf in zip(keys, leaves, strict=False)
     )
+
+
+@dataclass(frozen=True)
+class ema:
+    """An exponential moving average of another score, over every training step.
+
+    Scores of one minibatch are noisy. `prunax.prune` keeps the average in its state and ranks by it. Steps at which a
+    score is not finite do not enter the average of that weight.
+
+    Attributes:
+        score: ``score(params, grads)``.
+        decay: Weight of the past, in [0, 1): about ``1 / (1 - decay)`` steps are remembered.
+
+    Raises:
+        ValueError: If the decay is not in [0, 1).
+
+    Examples:
+        >>> import optax, prunax
+        >>> score = prunax.scores.ema(prunax.scores.saliency, 0.99)
+        >>> tx = prunax.prune(optax.adam(1e-3), prunax.schedules.polynomial(0.9, 0, 1000, every=50), score=score)
+    """
+
+    score: Callable[..., PyTree]
+    decay: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"scores.ema: decay must lie in [0, 1), got {self.decay}.")
+
+    def __call__(self, params: PyTree, grads: PyTree) -> PyTree:
+        """Score of this step alone."""
+        return self.score(params, grads)
+
+    def init(self, params: PyTree) -> PyTree:
+        """An average of nothing: zeros, float32."""
+        return jax.tree.map(
+            lambda leaf: jnp.zeros_like(leaf, jnp.float32) if _is_float(leaf) else _no_score(),
+            params,
+        )
+
+    def update(self, average: PyTree, params: PyTree, grads: PyTree) -> PyTree:
+        """Take in the scores of one step."""
+
+        def mix(old: jax.Array, new: jax.Array) -> jax.Array:
+            mixed = self.decay * old + (1 - self.decay) * new.astype(jnp.float32)
+            return jnp.where(jnp.isfinite(new), mixed, old)
+
+        return jax.tree.map(mix, average, self.score(params, grads))
 
 
 def _score(

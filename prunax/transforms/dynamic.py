@@ -109,8 +109,13 @@ def dynamic_sparse(
         return due if end_step is None else due & ((count < end_step) | (count == 0))
 
     def next_masks(
-        count: jax.Array, grads: PyTree, chosen: trees.Selection, masks: list[jax.Array]
+        count: jax.Array,
+        grads: PyTree,
+        averaged: PyTree,
+        chosen: trees.Selection,
+        masks: list[jax.Array],
     ) -> Ranking:
+        del averaged
         plan = mask_functions.plan(
             chosen.shapes, schedule.target, allocation=allocation, pattern=pattern
         )

@@ -14,6 +14,7 @@ import optax
 
 from prunax import masks as mask_functions
 from prunax import packing, patterns, schedules, selection, trees
+from prunax import scores as score_functions
 
 __all__ = ["PruneState", "unpack_masks"]
 
@@ -31,12 +32,14 @@ class PruneState(NamedTuple):
         masks: Mask tree of the params' structure, True = kept; uint8 leaves where `packed` (see `unpack_masks`).
         inner_state: State of the wrapped optimizer.
         skipped_updates: int32 scalar, mask updates skipped because a score was NaN.
+        averaged_scores: float32 scores of the params' structure where the score is a `scores.ema`, else None.
     """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride] - as in optax's states
     masks: PyTree
     inner_state: Any
     skipped_updates: jax.Array
+    averaged_scores: PyTree = None
 
 
 class Ranking(NamedTuple):
@@ -51,8 +54,8 @@ class Ranking(NamedTuple):
     has_nan: jax.Array
 
 
-# next_masks(count, grads, selection of the params, masks of its leaves before) -> Ranking
-NextMasks = Callable[[jax.Array, PyTree, trees.Selection, Arrays], Ranking]
+# next_masks(count, grads, averaged scores, selection of the params, masks of its leaves before) -> Ranking
+NextMasks = Callable[[jax.Array, PyTree, PyTree, trees.Selection, Arrays], Ranking]
 
 
 def train_masked(
@@ -64,6 +67,7 @@ def train_masked(
     where: trees.Where,
     mask_gradients: bool,
     packed: bool,
+    average: score_functions.ema | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Wrap an optimizer so that it trains under masks that `next_masks` renews at `is_update_step`."""
     inner = optax.with_extra_args_support(inner)
@@ -85,6 +89,7 @@ def train_masked(
             masks=jax.tree_util.tree_map_with_path(mask, params),
             inner_state=inner.init(params),
             skipped_updates=jnp.zeros((), jnp.int32),
+            averaged_scores=None if average is None else average.init(params),
         )
 
     def update(
@@ -100,9 +105,13 @@ def train_masked(
         patterns.check_fit("prune", pattern, chosen.shapes)
         stored = chosen.take("prune", "masks in the state", state.masks)
 
+        averaged = state.averaged_scores
+        if average is not None:
+            averaged = average.update(averaged, params, updates)
+
         def renew(old: Arrays, inner_state: PyTree) -> tuple[Arrays, PyTree, jax.Array]:
             before = [unpack(m, leaf) for m, leaf in zip(old, leaves, strict=True)]
-            ranked, has_nan = next_masks(state.count, updates, chosen, before)
+            ranked, has_nan = next_masks(state.count, updates, averaged, chosen, before)
             after = [jnp.where(has_nan, b, r) for b, r in zip(before, ranked, strict=True)]
             if mask_gradients:
                 none = jax.tree.map(lambda _: jnp.zeros((), jnp.bool_), params)
@@ -140,6 +149,7 @@ def train_masked(
             masks=chosen.put(stored, state.masks),
             inner_state=inner_state,
             skipped_updates=state.skipped_updates + skipped,
+            averaged_scores=averaged,
         )
 
     return optax.GradientTransformationExtraArgs(init, update)

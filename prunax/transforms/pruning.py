@@ -9,11 +9,11 @@ import optax
 
 from prunax import allocation as allocations
 from prunax import masks as mask_functions
-from prunax import patterns, schedules, trees
+from prunax import packing, patterns, schedules, trees
 from prunax import scores as score_functions
 from prunax.transforms.masked import Ranking, any_nan, plan_at, train_masked
 
-__all__ = ["prune"]
+__all__ = ["fixed_masks", "prune"]
 
 
 def prune(
@@ -74,13 +74,23 @@ def prune(
         Zhu and Gupta, To prune, or not to prune, 2017, arXiv:1710.01878.
     """
     schedule = schedules.as_schedule(pattern.max_sparsity if sparsity is None else sparsity)
+    average = score if isinstance(score, score_functions.ema) else None
+    if key is not None and average is not None:
+        raise ValueError(
+            "prune: a score under scores.ema takes no key. Bind it: ema(functools.partial(score, key=key), decay)."
+        )
     if key is not None:
         score = functools.partial(score, key=key)
 
     def next_masks(
-        count: jax.Array, grads: Any, chosen: trees.Selection, masks: list[jax.Array]
+        count: jax.Array,
+        grads: Any,
+        averaged: Any,
+        chosen: trees.Selection,
+        masks: list[jax.Array],
     ) -> Ranking:
-        scores = chosen.take("prune", "scores", score(chosen.params, grads))
+        tree = score(chosen.params, grads) if averaged is None else averaged
+        scores = chosen.take("prune", "scores", tree)
         # A scalar score under a leaf with axes means that the leaf is never pruned.
         scored = [n for n, a in enumerate(chosen.leaves) if jnp.ndim(scores[n]) or not a.ndim]
         plan = plan_at(schedule, count, chosen.only(scored).shapes, allocation, pattern)
@@ -100,4 +110,64 @@ def prune(
         where=where,
         mask_gradients=mask_gradients,
         packed=packed,
+        average=average,
     )
+
+
+def fixed_masks(
+    inner: optax.GradientTransformation,
+    masks: Any,
+    *,
+    mask_gradients: bool = True,
+    packed: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Wrap an optimizer so that it trains under masks that you already have.
+
+    Args:
+        inner: Any optax transformation.
+        masks: Mask tree of the params' structure, True = kept: from `compute_masks`, a lottery ticket, a file.
+        mask_gradients: As in `prune`.
+        packed: As in `prune`.
+
+    Returns:
+        A `optax.GradientTransformationExtraArgs` whose state is a `PruneState` that holds the masks. After the first
+        ``optax.apply_updates`` the pruned weights are exactly 0.0.
+
+    Raises:
+        ValueError: From `init`, if the masks do not fit the params, naming the leaf.
+        TypeError: From `init`, if a mask is not boolean, naming the leaf.
+
+    Examples:
+        >>> import jax.numpy as jnp, optax, prunax
+        >>> params = {"kernel": jnp.array([[4.0, -1.0], [-2.0, 3.0]])}
+        >>> tx = prunax.transforms.fixed_masks(optax.sgd(0.1), prunax.compute_masks(params, 0.5))
+        >>> updates, state = tx.update({"kernel": jnp.ones((2, 2))}, tx.init(params), params)
+        >>> (optax.apply_updates(params, updates)["kernel"] == 0).tolist()
+        [[False, True], [True, False]]
+    """
+    chosen = trees.select(masks, lambda path, mask: mask.ndim > 0)
+
+    def next_masks(*args: Any) -> Ranking:
+        return Ranking(args[-1], jnp.zeros((), jnp.bool_))
+
+    tx = train_masked(
+        inner,
+        lambda count: jnp.zeros((), jnp.bool_),
+        next_masks,
+        pattern=patterns.Unstructured(),
+        where=lambda path, leaf: path in chosen.paths,
+        mask_gradients=mask_gradients,
+        packed=packed,
+    )
+
+    def init(params: Any) -> Any:
+        state: Any = tx.init(params)
+        if not jax.tree.leaves(
+            params
+        ):  # a placeholder, by which optax asks what the state looks like
+            return state
+        mask_functions.check_masks("fixed_masks", params, masks)
+        stored = [packing.pack(m) if packed else jnp.array(m) for m in chosen.leaves]
+        return state._replace(masks=chosen.put(stored, state.masks))
+
+    return optax.GradientTransformationExtraArgs(init, tx.update)
