@@ -11,10 +11,10 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "prunax"
 LAYERS = [
     {"trees"},
-    {"scores", "patterns", "selection", "schedules", "packing", "jaxprs"},
+    {"scores", "patterns", "penalties", "selection", "schedules", "packing", "jaxprs"},
     {"allocation"},
     {"masks", "report", "plots"},
-    {"transforms", "calibration", "structured", "search", "export"},
+    {"transforms", "initialization", "lottery", "calibration", "structured", "search", "export"},
     {"cli"},
 ]
 LAYER = {part: depth for depth, parts in enumerate(LAYERS) for part in parts}
