@@ -109,30 +109,32 @@ def train_masked(
         if average is not None:
             averaged = average.update(averaged, params, updates)
 
-        def renew(old: Arrays, inner_state: PyTree) -> tuple[Arrays, PyTree, jax.Array]:
-            before = [unpack(m, leaf) for m, leaf in zip(old, leaves, strict=True)]
+        before = [unpack(m, leaf) for m, leaf in zip(stored, leaves, strict=True)]
+
+        def renew(old: Arrays) -> tuple[Arrays, jax.Array]:
             ranked, has_nan = next_masks(state.count, updates, averaged, chosen, before)
-            after = [jnp.where(has_nan, b, r) for b, r in zip(before, ranked, strict=True)]
-            if mask_gradients:
-                none = jax.tree.map(lambda _: jnp.zeros((), jnp.bool_), params)
-                grown = [a & ~b for a, b in zip(after, before, strict=True)]
-                inner_state = optax.tree.map_params(
-                    inner, _forget, inner_state, chosen.put(grown, none)
-                )
-            return [pack(a) for a in after], inner_state, has_nan.astype(jnp.int32)
+            new = [jnp.where(has_nan, o, pack(mask)) for o, mask in zip(old, ranked, strict=True)]
+            return new, has_nan.astype(jnp.int32)
 
-        def keep(old: Arrays, inner_state: PyTree) -> tuple[Arrays, PyTree, jax.Array]:
-            return old, inner_state, jnp.zeros((), jnp.int32)
-
-        stored, inner_state, skipped = jax.lax.cond(
-            is_update_step(state.count), renew, keep, stored, state.inner_state
+        stored, skipped = jax.lax.cond(
+            is_update_step(state.count),
+            renew,
+            lambda old: (old, jnp.zeros((), jnp.int32)),
+            stored,
         )
         masks = [unpack(m, leaf) for m, leaf in zip(stored, leaves, strict=True)]
 
-        inner_updates, inner_params = updates, params
+        inner_updates, inner_params, inner_state = updates, params, state.inner_state
         if mask_gradients:
+            # A weight that comes back begins at zero without a past, and with the gradient of the next step.
+            grown = [m & ~b for m, b in zip(masks, before, strict=True)]
+            none = jax.tree.map(lambda _: jnp.zeros((), jnp.bool_), params)
+            inner_state = optax.tree.map_params(
+                inner, _forget, inner_state, chosen.put(grown, none)
+            )
             grads = chosen.take("prune", "updates", updates)
-            inner_updates = chosen.put(_zero(grads, masks), updates)
+            active = [m & b for m, b in zip(masks, before, strict=True)]
+            inner_updates = chosen.put(_zero(grads, active), updates)
             inner_params = chosen.put(_zero(leaves, masks), params)
         new_updates, inner_state = inner.update(
             inner_updates, inner_state, inner_params, **extra_args

@@ -1,0 +1,5 @@
+"""Structural pruning of any JAX function: coupled axes found from its jaxpr, and the network really smaller."""
+
+from prunax.structured.groups import AxisGroup, Member, axis_groups, explain
+
+__all__ = ["AxisGroup", "Member", "axis_groups", "explain"]

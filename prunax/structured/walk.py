@@ -1,0 +1,184 @@
+"""Read a jaxpr once, giving every value its axes.
+
+The rules, one for each kind of primitive, stand in `prunax.structured.rules`; this module goes from equation to
+equation and into inner jaxprs, and writes down what it found for those who evaluate or ask later.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal
+from jax.extend.source_info_util import summarize
+
+from prunax.structured import axes
+from prunax.structured.axes import Axis, Frozen
+
+__all__ = ["Step", "Trace", "Value", "View", "Walk"]
+
+Origins = frozenset[tuple[int, int]]
+
+
+class View(NamedTuple):
+    """One axis of one value.
+
+    Attributes:
+        axis: The node it belongs to.
+        origins: ``(leaf, axis)`` of the parameters it is a view of; empty once inputs of the function are mixed in.
+    """
+
+    axis: Axis
+    origins: Origins = frozenset()
+
+
+class Value(NamedTuple):
+    """What is known of an array in the program.
+
+    Attributes:
+        views: One for each axis.
+        data: Whether it depends on the function's inputs, and not on parameters and constants alone.
+    """
+
+    views: tuple[View, ...]
+    data: bool = False
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """The nodes alone."""
+        return tuple(view.axis for view in self.views)
+
+
+class Step(NamedTuple):
+    """An equation, with the axes of its inputs and outputs.
+
+    Attributes:
+        eqn: The equation.
+        ins: Axes of each input.
+        outs: Axes of each output.
+        inner: The jaxprs that it calls, walked with these inputs.
+    """
+
+    eqn: JaxprEqn
+    ins: tuple[tuple[Axis, ...], ...]
+    outs: tuple[tuple[Axis, ...], ...]
+    inner: tuple["Trace", ...] = ()
+
+
+class Trace(NamedTuple):
+    """A walked jaxpr.
+
+    Attributes:
+        jaxpr: The jaxpr.
+        consts: Axes of its constants.
+        ins: Axes of its inputs.
+        outs: Its outputs.
+        steps: Its equations, walked.
+    """
+
+    jaxpr: ClosedJaxpr
+    consts: tuple[tuple[Axis, ...], ...]
+    ins: tuple[tuple[Axis, ...], ...]
+    outs: tuple[Value, ...]
+    steps: tuple[Step, ...]
+
+
+# A rule gives the axes of each output; a whole value where it knows what the output depends on.
+Rule = Callable[["Walk", JaxprEqn, Sequence[Value]], Sequence[Any]]
+
+
+class Walk:
+    """One reading of a program.
+
+    Attributes:
+        roles: For each ``(leaf, axis)`` of the parameters what it does where it meets data: "produces", "consumes".
+        eqn: The equation being read.
+        inner: Jaxprs walked on its account.
+    """
+
+    def __init__(self, rules: dict[str, Rule]) -> None:
+        self.rules = rules
+        self.roles: dict[tuple[int, int], set[str]] = {}
+        self.eqn: JaxprEqn | None = None
+        self.inner: list[Trace] = []
+
+    def reason(self, why: str) -> Frozen:
+        """The equation being read as the reason to freeze something."""
+        assert self.eqn is not None
+        return Frozen(why, self.eqn.primitive.name, summarize(self.eqn.source_info))
+
+    def unify(self, a: View, b: View) -> View:
+        """Make two axes one."""
+        if a.axis is not b.axis:
+            axes.unify(a.axis, b.axis, lambda: self.reason("axes that don't line up are combined"))
+        longer = b if a.axis.size == 1 else a
+        return View(longer.axis, a.origins | b.origins)
+
+    def freeze(self, views: Sequence[View], why: str) -> None:
+        """Fix the sizes of axes."""
+        for view in views:
+            axes.freeze(view.axis, self.reason(why))
+
+    def frozen(self, size: int, why: str) -> View:
+        """A new axis of fixed size."""
+        return View(Axis(size, self.reason(why)))
+
+    def role(self, views: Sequence[View], role: str) -> None:
+        """Note what the parameters behind some axes do."""
+        for view in views:
+            for origin in view.origins:
+                self.roles.setdefault(origin, set()).add(role)
+
+    def call(self, jaxpr: ClosedJaxpr, ins: Sequence[Value]) -> Trace:
+        """Walk an inner jaxpr, with the inputs' axes for its own."""
+        outer = self.eqn, self.inner
+        self.inner = []
+        trace = walk(self, jaxpr, ins)
+        self.eqn, self.inner = outer
+        self.inner.append(trace)
+        return trace
+
+
+def walk(state: Walk, jaxpr: ClosedJaxpr, ins: Sequence[Value]) -> Trace:
+    """Give every value of a jaxpr its axes.
+
+    Args:
+        state: What is known so far; added to.
+        jaxpr: The program.
+        ins: What its inputs are.
+
+    Returns:
+        The program with its axes. They are final once the whole program is read.
+    """
+    env: dict[Any, Value] = {}
+    consts = [Value(tuple(View(Axis(n)) for n in jax.numpy.shape(x))) for x in jaxpr.consts]
+    env.update(zip(jaxpr.jaxpr.constvars, consts, strict=True))
+    env.update(zip(jaxpr.jaxpr.invars, ins, strict=True))
+
+    def read(var: Any) -> Value:
+        if isinstance(var, Literal):
+            return Value(tuple(View(Axis(n)) for n in var.aval.shape))
+        return env[var]
+
+    steps = []
+    for eqn in jaxpr.jaxpr.eqns:
+        values = [read(var) for var in eqn.invars]
+        state.eqn, state.inner = eqn, []
+        rule = state.rules.get(eqn.primitive.name, _unknown)
+        outs = rule(state, eqn, values)
+        data = any(value.data for value in values)
+        for var, out in zip(eqn.outvars, outs, strict=True):
+            out = out if isinstance(out, Value) else Value(tuple(out), data)
+            env[var] = Value(tuple(View(v.axis) for v in out.views), True) if out.data else out
+        taken, given = [value.axes for value in values], [env[var].axes for var in eqn.outvars]
+        steps.append(Step(eqn, tuple(taken), tuple(given), tuple(state.inner)))
+    outs = tuple(read(var) for var in jaxpr.jaxpr.outvars)
+    const_axes, in_axes = (tuple(value.axes for value in values) for values in (consts, ins))
+    return Trace(jaxpr, const_axes, in_axes, outs, tuple(steps))
+
+
+def _unknown(state: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[tuple[View, ...]]:
+    """A primitive without a rule: nothing that it touches may shrink."""
+    why = "used in a way that is not known to allow fewer units"
+    for value in ins:
+        state.freeze(value.views, why)
+    return [tuple(state.frozen(n, why) for n in getattr(v.aval, "shape", ())) for v in eqn.outvars]

@@ -1,0 +1,181 @@
+"""Follow the removed units through the program: is what they leave behind zero wherever it is added up?
+
+With all weights of some units at zero, their activations are zero until something adds to them (a sigmoid, an exponential).
+Where a product with weights, or a sum, then runs over the units, a zero adds nothing, and removing the units changes
+nothing. Anything else that is left of them does.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.extend.core import JaxprEqn, Literal
+from jax.extend.source_info_util import summarize
+
+from prunax.structured import axes
+from prunax.structured.axes import Axis
+from prunax.structured.rules import ALONG_AXIS, CALLS, REDUCTIONS, SCATTERS, WINDOWS
+from prunax.structured.walk import Step, Trace
+
+__all__ = ["Found", "follow"]
+
+# f(0) = 0, and what only moves elements about. Where the rule is of the first operand, others are indices and the like.
+KEEPS = frozenset(
+    """
+    abs asin asinh atan atanh broadcast_in_dim ceil conj convert_element_type copy copy_p cumsum cumprod cummax cummin
+    device_put dynamic_slice erf expand_dims expm1 floor gather imag integer_pow log1p name neg pvary real
+    reduce_precision reshape rev round sharding_constraint sign sin sinh slice split sqrt square squeeze stop_gradient tan
+    tanh transpose optimization_barrier
+    """.split()
+)
+# Zero where all operands are.
+ADDS = frozenset(
+    "add add_any sub max min or xor concatenate stack dynamic_update_slice clamp select_n".split()
+) | frozenset(SCATTERS.split())
+# Zero where any operand is.
+MULTIPLIES = frozenset({"mul", "and", "dot_general", "conv_general_dilated"})
+
+Zero = frozenset[Axis]
+
+
+class Found(NamedTuple):
+    """What became of removed units.
+
+    Attributes:
+        remains: The atoms of which something other than zero remains when they are reduced over.
+        crosses: For each atom the reductions over it that are no products with weights.
+    """
+
+    remains: set[Axis]
+    crosses: dict[Axis, dict[str, None]]
+
+
+def follow(trace: Trace, live: Zero) -> Found:
+    """Find out for which atoms removing a unit is the same as masking it.
+
+    Args:
+        trace: A walked program, whose first inputs are its parameters.
+        live: The atoms that may shrink.
+
+    Returns:
+        The `Found`.
+    """
+    found = Found(set(), {})
+    _run(trace, [_atoms(axis, live) for axis in trace.ins], live, found)
+    return found
+
+
+def _atoms(value: Sequence[Axis], live: Zero) -> Zero:
+    if not live:
+        return frozenset()
+    return frozenset(atom for axis in value for atom in axes.atoms(axis) if atom in live)
+
+
+def _run(trace: Trace, ins: Sequence[Zero], live: Zero, found: Found) -> list[Zero]:
+    # A literal zero is zero in every unit.
+    env: dict[Any, Zero] = dict(zip(trace.jaxpr.jaxpr.invars, ins, strict=True))
+
+    def read(var: Any) -> Zero:
+        if isinstance(var, Literal):
+            return live if np.all(np.asarray(var.val) == 0) else frozenset()
+        return env.get(var, frozenset())
+
+    for step in trace.steps:
+        zero = [read(var) for var in step.eqn.invars]
+        for var, result in zip(step.eqn.outvars, _step(step, zero, live, found), strict=True):
+            env[var] = result
+    return [read(var) for var in trace.jaxpr.jaxpr.outvars]
+
+
+def _step(step: Step, zero: list[Zero], live: Zero, found: Found) -> list[Zero]:
+    eqn, name = step.eqn, step.eqn.primitive.name
+    if name in CALLS:
+        return _run(step.inner[0], zero, live, found)
+    if name == "scan":
+        return _scan(step, zero, live, found)
+    if name == "cond":
+        branches = [_run(branch, zero[1:], live, found) for branch in step.inner]
+        return [frozenset.intersection(*results) for results in zip(*branches, strict=True)]
+    present = [_atoms(axis, live) for axis in step.ins]
+    _check(step, zero, present, live, found)
+    if name == "optimization_barrier":
+        return zero
+    result = _result(eqn, name, zero, present)
+    if all(z is live for z in zero) and name in KEEPS | ADDS:
+        return [live] * len(step.outs)  # a literal zero, broadcast
+    return [result & _atoms(axis, live) for axis in step.outs]
+
+
+def _result(eqn: JaxprEqn, name: str, zero: list[Zero], present: list[Zero]) -> Zero:
+    none: Zero = frozenset()
+    if name == "integer_pow" and eqn.params["y"] <= 0:
+        return none
+    if name in KEEPS or name in ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod"):
+        return zero[0]
+    if name in WINDOWS and name != "reduce_window":
+        return zero[0]
+    if name == "pad":
+        return zero[0] & zero[1] if zero[1] else none
+    if name in MULTIPLIES:
+        return zero[0] | zero[1]
+    if name in ("div", "rem"):
+        return zero[0] - zero[1]
+    if name in ADDS:
+        if name == "select_n":
+            zero, present = zero[1:], present[1:]
+        elif name == "clamp":
+            zero, present = [zero[1]], [present[1]]
+        elif name == "dynamic_update_slice":
+            zero, present = zero[:2], present[:2]
+        elif name in SCATTERS.split():
+            zero, present = [zero[0], zero[2]], [present[0], present[2]]
+        everywhere = frozenset.union(*present, *zero)
+        if name in ("concatenate", "stack"):
+            # A part without the unit holds nothing of it.
+            return everywhere - frozenset().union(*(p - z for p, z in zip(present, zero)))
+        return frozenset.intersection(*zero) if zero else none
+    return none
+
+
+def _check(
+    step: Step, zero: list[Zero], present: list[Zero], live: Zero, found: Found
+) -> None:
+    """Note the atoms that this equation reduces over."""
+    eqn, name = step.eqn, step.eqn.primitive.name
+    if name in MULTIPLIES:
+        gone = frozenset.union(*present) - _atoms(step.outs[0], live)
+        found.remains.update(gone - (zero[0] | zero[1]))
+        found.remains.update(_contracted_twice(step, live) - (zero[0] | zero[1]))
+        return
+    if name in ALONG_AXIS or name not in REDUCTIONS:
+        return
+    where = eqn.params["axes"] if "axes" in eqn.params else eqn.params["dimensions"]
+    gone = _atoms([step.ins[0][i] for i in where], live)
+    source = summarize(eqn.source_info)
+    for atom in gone:
+        found.crosses.setdefault(atom, {})[f"`{name}` at {source}"] = None
+    found.remains.update(gone if name != "reduce_sum" else gone - zero[0])
+
+
+def _contracted_twice(step: Step, live: Zero) -> Zero:
+    """Atoms contracted by a product although they stay on another axis of its result."""
+    if step.eqn.primitive.name != "dot_general":
+        return frozenset()
+    (contracted, _), _ = step.eqn.params["dimension_numbers"]
+    return _atoms([step.ins[0][i] for i in contracted], live)
+
+
+def _scan(step: Step, zero: list[Zero], live: Zero, found: Found) -> list[Zero]:
+    n, m = step.eqn.params["num_consts"], step.eqn.params["num_carry"]
+    carry = zero[n : n + m]
+    while True:
+        trial = Found(set(), {})
+        outs = _run(step.inner[0], [*zero[:n], *carry, *zero[n + m :]], live, trial)
+        after = [a & b for a, b in zip(carry, outs, strict=False)]
+        if after == carry:
+            break
+        carry = after
+    found.remains.update(trial.remains)
+    for atom, names in trial.crosses.items():
+        found.crosses.setdefault(atom, {}).update(names)
+    return [*carry, *outs[m:]]

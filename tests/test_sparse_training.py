@@ -1,0 +1,380 @@
+"""Dynamic sparse training, proximal steps, ADMM, averaged scores and fixed masks, on real optimizers."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import prunax
+from prunax import allocation, patterns, schedules, scores, transforms
+
+pytestmark = pytest.mark.relaxed_promotion  # optax's optimizers mix dtypes
+
+
+def make_params():
+    k1, k2 = jax.random.split(jax.random.key(0))
+    return {
+        "hidden": {"kernel": jax.random.normal(k1, (24, 32)), "bias": jnp.zeros(32)},
+        "head": {"kernel": jax.random.normal(k2, (32, 8)), "bias": jnp.zeros(8)},
+    }
+
+
+X = jax.random.normal(jax.random.key(1), (64, 24))
+Y = jnp.tanh(X[:, :8] - X[:, 8:16])
+
+
+def loss_fn(params):
+    hidden = jax.nn.relu(jnp.dot(X, params["hidden"]["kernel"]) + params["hidden"]["bias"][None])
+    outputs = jnp.dot(hidden, params["head"]["kernel"]) + params["head"]["bias"][None]
+    return jnp.mean((outputs - Y) ** 2)
+
+
+def run(tx, steps, params=None):
+    """Train, and yield params and state after each step."""
+    params = make_params() if params is None else params
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(jax.grad(loss_fn)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(steps):
+        params, state = step(params, state)
+        yield params, state
+    assert step._cache_size() == 1
+
+
+def masks_of(state):
+    return optax.tree.get(state, "masks")
+
+
+def kernels(tree):
+    return [np.asarray(tree["hidden"]["kernel"]), np.asarray(tree["head"]["kernel"])]
+
+
+METHODS = {
+    "rigl": functools.partial(transforms.rigl, key=jax.random.key(2), every=3, end_step=20),
+    "set": functools.partial(transforms.sparse_evolutionary, key=jax.random.key(2), every=3),
+    "static": functools.partial(transforms.static_sparse, key=jax.random.key(2)),
+}
+OPTIMIZERS = {
+    "adam": lambda: optax.adam(1e-2),
+    "adafactor": lambda: optax.adafactor(1e-2, min_dim_size_to_factor=8),
+    "lion": lambda: optax.lion(1e-3),
+    "multi_steps": lambda: optax.MultiSteps(optax.adam(1e-2), 2).gradient_transformation(),
+    "inject": lambda: optax.inject_hyperparams(optax.adam)(learning_rate=1e-2),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("method", METHODS)
+def test_number_of_active_weights_is_constant(method, optimizer):
+    tx = METHODS[method](OPTIMIZERS[optimizer](), 0.8)
+    leaves = [allocation.Leaf("hidden", (24, 32), 768), allocation.Leaf("head", (32, 8), 256)]
+    expected = [p.num_pruned for p in allocation.erdos_renyi(leaves, 0.8).pools]
+    assert abs(sum(expected) - 0.8 * 1024) <= 1
+    seen = []
+    for params, state in run(tx, 12):
+        for kernel, mask, pruned in zip(
+            kernels(params), kernels(masks_of(state)), expected, strict=True
+        ):
+            assert np.sum(~mask) == pruned
+            assert np.all(kernel[~mask] == 0)
+        seen.append(kernels(masks_of(state))[0])
+    moved = any((a != b).any() for a, b in itertools.pairwise(seen))
+    assert moved == (method != "static")
+
+
+@pytest.mark.parametrize("method", ["rigl", "set"])
+def test_moments_at_grown_weights_are_zero(method):
+    tx = METHODS[method](optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2)), 0.8)
+    before, grown_in_all = None, 0
+    for params, state in run(tx, 12):
+        after = kernels(masks_of(state))
+        if before is not None:
+            adam = optax.tree.get(state.inner_state, "mu"), optax.tree.get(state.inner_state, "nu")
+            for i, (a, b) in enumerate(zip(after, before, strict=True)):
+                grown = a & ~b
+                grown_in_all += grown.sum()
+                assert np.all(kernels(params)[i][grown] == 0)
+                for moment in adam:
+                    assert np.all(kernels(moment)[i][grown] == 0)
+                    assert np.any(kernels(moment)[i][a & b] != 0)
+        before = after
+    assert grown_in_all > 0
+
+
+def test_rigl_drops_the_smallest_and_grows_the_largest_gradients():
+    params = {"kernel": jnp.array([[1.0, 2.0, 3.0, 4.0, 0.0, 0.0, 0.0, 0.0]])}
+    grads = {"kernel": jnp.array([[9.0, 9.0, 9.0, 9.0, 1.0, 3.0, 2.0, 0.0]])}
+    initial = {"kernel": jnp.array([[1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]])}
+    tx = transforms.rigl(
+        optax.sgd(0.0),
+        0.5,
+        key=jax.random.key(0),
+        initial=lambda p, g: initial,
+        every=1,
+        drop_fraction=lambda count: 0.5,
+    )
+    _, state = tx.update(grads, tx.init(params), params)
+    assert state.masks["kernel"].tolist() == [[True] * 4 + [False] * 4]
+    # Two of four go, 1 and 2; of what is inactive then, the dropped ones have the largest gradients and come back.
+    _, again = tx.update(grads, state, params)
+    assert again.masks["kernel"].tolist() == [[True] * 4 + [False] * 4]
+    quiet = {"kernel": jnp.array([[0.0, 0.0, 9.0, 9.0, 1.0, 3.0, 2.0, 0.0]])}
+    _, moved = tx.update(quiet, state, params)
+    assert moved.masks["kernel"].tolist() == [[False, False, True, True, False, True, True, False]]
+
+
+def test_cosine_drop_fraction_ends():
+    tx = transforms.sparse_evolutionary(
+        optax.sgd(1e-2), 0.5, key=jax.random.key(0), every=2, end_step=6, drop_fraction=1.0
+    )
+    seen = [kernels(state.masks)[0] for _, state in run(tx, 10)]
+    moved = [int((a != b).any()) for a, b in itertools.pairwise(seen)]
+    assert moved == [0, 1, 0, 1, 0, 0, 0, 0, 0]  # at steps 2 and 4, not at 6 or later
+
+
+@pytest.mark.parametrize(
+    "pattern", [patterns.ConstantFanIn(), patterns.NM(1, 4), patterns.Block((4, 4))], ids=str
+)
+def test_dynamic_training_under_a_pattern(pattern):
+    tx = transforms.rigl(
+        optax.adam(1e-2),
+        0.75,
+        key=jax.random.key(3),
+        every=2,
+        drop_fraction=lambda count: (
+            0.6
+        ),  # of a lone active weight in a group, 0.3 would round to none
+        pattern=pattern,
+        allocation=allocation.uniform,
+    )
+    seen = []
+    for params, state in run(tx, 7):
+        seen.append(kernels(state.masks)[0])
+        for kernel, mask in zip(kernels(params), kernels(state.masks), strict=True):
+            assert np.all(kernel[~mask] == 0)
+            if isinstance(pattern, patterns.ConstantFanIn):
+                assert np.all(mask.sum(0) == mask.shape[0] // 4)
+            elif isinstance(pattern, patterns.NM):
+                assert np.all(mask.reshape(-1, 4, mask.shape[1]).sum(1) == 1)
+            else:
+                blocks = mask.reshape(mask.shape[0] // 4, 4, mask.shape[1] // 4, 4)
+                assert np.all(blocks.all((1, 3)) == blocks.any((1, 3)))
+                assert mask.mean() == 0.25
+    assert any((a != b).any() for a, b in itertools.pairwise(seen))
+
+
+def test_dynamic_training_over_all_leaves_at_once():
+    tx = transforms.rigl(
+        optax.adam(1e-2), 0.9, key=jax.random.key(3), every=2, allocation=allocation.global_ranking
+    )
+    for _, state in run(tx, 7):
+        assert sum(mask.sum() for mask in kernels(state.masks)) == 1024 - round(0.9 * 1024)
+
+
+def test_dynamic_training_refuses_rescaled_scores():
+    tx = transforms.rigl(optax.adam(1e-2), 0.9, key=jax.random.key(3), allocation=allocation.lamp)
+    with pytest.raises(ValueError, match=r"rescales scores.*erdos_renyi"):
+        next(run(tx, 1))
+
+
+def test_nan_gradient_keeps_the_masks_and_is_counted():
+    tx = transforms.rigl(optax.adam(1e-2), 0.8, key=jax.random.key(2), every=1)
+    params = make_params()
+    _, state = tx.update(params, tx.init(params), params)
+    bad = jax.tree.map(lambda p: p.at[(0,) * p.ndim].set(jnp.nan), params)
+    _, after = tx.update(bad, state, params)
+    assert int(after.skipped_updates) == int(state.skipped_updates) + 1
+    for a, b in zip(kernels(after.masks), kernels(state.masks), strict=True):
+        assert (a == b).all()
+
+
+@pytest.mark.parametrize("argument", [{"every": 0}, {"end_step": -1}, {"drop_fraction": 1.5}])
+def test_bad_dynamic_arguments_are_named(argument):
+    (name,) = argument
+    with pytest.raises(ValueError, match=name):
+        transforms.rigl(optax.adam(1e-2), 0.9, key=jax.random.key(0), **argument)
+
+
+def test_proximal_l1_matches_iterated_soft_thresholding():
+    tx = transforms.proximal_l1(optax.sgd(0.1), 0.02)
+    expected = make_params()
+    for params, _ in run(tx, 5):
+        grads = jax.grad(loss_fn)(expected)
+
+        def ista(path, w, g):
+            v = w - 0.1 * g
+            return v if path[-1].key == "bias" else np.sign(v) * np.maximum(np.abs(v) - 0.02, 0)
+
+        expected = jax.tree_util.tree_map_with_path(ista, expected, grads)
+        for a, b in zip(kernels(params), kernels(expected), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", [*OPTIMIZERS])
+def test_proximal_l1_lands_on_zero_and_threshold_reads_it(optimizer):
+    tx = transforms.proximal_l1(OPTIMIZERS[optimizer](), 0.05)
+    *_, (params, _) = run(tx, 40)
+    masks = prunax.compute_masks(params, threshold=0.0)
+    for kernel, mask in zip(kernels(params), kernels(masks), strict=True):
+        assert np.array_equal(mask, kernel != 0)
+        assert 0.2 < np.mean(kernel == 0) < 1.0
+
+
+def test_proximal_group_lasso_zeros_whole_columns():
+    tx = transforms.proximal_group_lasso(optax.adam(1e-2), optax.linear_schedule(0.0, 0.006, 20))
+    start = make_params()
+    start["hidden"]["kernel"] *= jnp.linspace(0.05, 1.0, 32)[None]
+    *_, (params, _) = run(tx, 60, start)
+    zero = kernels(params)[0] == 0
+    assert np.array_equal(zero.all(0), zero.any(0))
+    assert 0 < zero.all(0).sum() < zero.shape[1]
+
+
+def test_proximal_refuses_a_negative_threshold():
+    with pytest.raises(ValueError, match=r"threshold.*-1"):
+        transforms.proximal_l1(optax.sgd(0.1), -1.0)
+
+
+def test_penalty_gradients():
+    params = make_params()
+    w = kernels(params)[0]
+    l1 = jax.grad(prunax.penalties.l1)(params)
+    l2 = jax.grad(prunax.penalties.l2)(params)
+    np.testing.assert_array_equal(kernels(l1)[0], np.sign(w))
+    np.testing.assert_allclose(kernels(l2)[0], w)
+    assert not np.asarray(l1["hidden"]["bias"]).any()
+    group = jax.grad(prunax.penalties.group_lasso)(params)
+    np.testing.assert_allclose(
+        kernels(group)[0], np.sqrt(24) * w / np.linalg.norm(w, axis=0), rtol=1e-5
+    )
+    zero = jax.tree.map(jnp.zeros_like, params)
+    assert all(np.isfinite(g).all() for g in kernels(jax.grad(prunax.penalties.group_lasso)(zero)))
+
+
+def test_sr_ste_gradient_is_the_dense_one_plus_decay_of_pruned_weights():
+    params = make_params()
+    masks = prunax.compute_masks(params, pattern=patterns.NM(2, 4))
+
+    def sr_ste(params):
+        pruned = prunax.straight_through(params, masks)
+        return loss_fn(pruned) + 0.1 * prunax.penalties.masked_l2(params, masks)
+
+    dense_at_masked = jax.grad(loss_fn)(prunax.apply_masks(params, masks))
+    for g, d, w, m in zip(
+        *map(kernels, (jax.grad(sr_ste)(params), dense_at_masked, params, masks)), strict=True
+    ):
+        np.testing.assert_allclose(g, d + 0.1 * np.where(m, 0, w), atol=1e-6)
+
+
+def test_admm_draws_weights_to_the_sparse_set_and_then_prunes():
+    start = jax.tree.map(lambda p: 0.2 * p, make_params())
+    tx = transforms.admm(optax.adam(1e-2), 0.8, penalty=0.3, end_step=200, every=5)
+    history = list(run(tx, 210, start))
+
+    def tail(params):
+        """How much of the squared norm the smallest 80% of all weights hold."""
+        w = np.sort(np.concatenate([k.ravel() for k in kernels(params)]) ** 2)
+        return w[: round(0.8 * w.size)].sum() / w.sum()
+
+    assert tail(history[198][0]) < 0.02 < tail(start)
+    params, state = history[-1]
+    assert sum((k == 0).sum() for k in kernels(params)) == round(0.8 * 1024)
+    assert sum((~m).sum() for m in kernels(state.masks)) == round(0.8 * 1024)
+
+
+def test_admm_projection_and_dual_by_hand():
+    params = {"kernel": jnp.array([[4.0, 1.0]])}
+    tx = transforms.admm(optax.sgd(1.0), 0.5, penalty=0.5, end_step=10, every=1)
+    updates, state = tx.update({"kernel": jnp.zeros((1, 2))}, tx.init(params), params)
+    augmented = state.inner_state[0]
+    assert augmented.sparse["kernel"].tolist() == [[4.0, 0.0]]
+    assert augmented.dual["kernel"].tolist() == [[0.0, 1.0]]
+    # x - z + u = [0, 1 - 0 + 1]; sgd steps by minus half of it.
+    assert updates["kernel"].tolist() == [[0.0, -1.0]]
+
+
+def test_averaged_scores_rank_by_the_average():
+    params = {"kernel": jnp.array([[1.0, 1.0]])}
+    schedule = schedules.one_shot(0.5, step=2)
+    score = scores.ema(scores.saliency, 0.5)
+    tx = prunax.prune(optax.sgd(0.0), schedule, score=score)
+    state = tx.init(params)
+    for g in ([8.0, 1.0], [8.0, 1.0], [0.0, 1.0]):  # the last step alone would keep the second
+        _, state = tx.update({"kernel": jnp.array([g])}, state, params)
+    assert state.averaged_scores["kernel"].tolist() == [[3.0, 0.875]]
+    assert state.masks["kernel"].tolist() == [[True, False]]
+
+
+def test_averaged_scores_leave_out_steps_that_are_not_finite():
+    params = {"kernel": jnp.array([[1.0, 1.0]])}
+    tx = prunax.prune(optax.sgd(0.0), 0.5, score=scores.ema(scores.saliency, 0.5))
+    _, state = tx.update({"kernel": jnp.array([[jnp.nan, 1.0]])}, tx.init(params), params)
+    assert state.averaged_scores["kernel"].tolist() == [[0.0, 0.5]]
+    assert int(state.skipped_updates) == 0
+
+
+def test_movement_keeps_what_moves_away_from_zero():
+    score = scores.ema(scores.movement, 0.9)
+    tx = prunax.prune(optax.adam(1e-2), schedules.one_shot(0.5, 20), score=score)
+    *_, (params, state) = run(tx, 25)
+    assert kernels(params)[0].size / 2 == (kernels(params)[0] == 0).sum()
+    for mask, average in zip(kernels(state.masks), kernels(state.averaged_scores), strict=True):
+        assert average[mask].mean() > average[~mask].mean()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_fixed_masks(packed):
+    params = make_params()
+    masks = prunax.compute_masks(params, 0.7, scores=scores.random(params, key=jax.random.key(5)))
+    tx = transforms.fixed_masks(optax.adamw(1e-2), masks, packed=packed)
+    for trained, state in run(tx, 5, params):
+        held = transforms.unpack_masks(state.masks, params)
+        for kernel, mask, given in zip(*map(kernels, (trained, held, masks)), strict=True):
+            assert np.array_equal(mask, given)
+            assert np.array_equal(kernel == 0, ~given)
+
+
+def test_fixed_masks_that_do_not_fit_are_refused():
+    params = make_params()
+    masks = prunax.compute_masks(params, 0.5)
+    masks["head"]["kernel"] = jnp.ones((3, 3), bool)
+    with pytest.raises(ValueError, match="head/kernel"):
+        transforms.fixed_masks(optax.adam(1e-2), masks).init(params)
+    with pytest.raises(ValueError, match="head"):
+        transforms.fixed_masks(optax.adam(1e-2), {"hidden": masks["hidden"]}).init(params)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(functools.partial(m, sparsity=0.8) for m in METHODS.values()),
+        functools.partial(transforms.proximal_l1, threshold=0.01),
+        functools.partial(transforms.proximal_group_lasso, threshold=0.01),
+        functools.partial(transforms.admm, sparsity=0.8, penalty=0.1, end_step=5),
+    ],
+    ids=["rigl", "set", "static", "proximal_l1", "proximal_group_lasso", "admm"],
+)
+def test_every_transformation_keeps_optax_contracts(make):
+    params = make_params()
+    tx = make(optax.adam(1e-2))
+    state = tx.init(params)
+    grads = jax.grad(loss_fn)(params)
+    updates, after = tx.update(grads, state, params)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert [x.dtype for x in jax.tree.leaves(after)] == [x.dtype for x in jax.tree.leaves(state)]
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+    doubled = optax.tree.map_params(tx, lambda x: x, after)
+    assert jax.tree.structure(doubled) == jax.tree.structure(after)
+    jitted, _ = jax.jit(tx.update)(grads, state, params)
+    for a, b in zip(kernels(jitted), kernels(updates), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    with pytest.raises(ValueError, match="params"):
+        tx.update(grads, state)
