@@ -1,0 +1,108 @@
+"""Small Flax Linen image classifiers without batch statistics: parameters are all they have.
+
+A model is a function of images `(n, height, width, channels)` to logits `(n, classes)`, for images of any size.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class MLP(nn.Module):
+    """LeNet-300-100: two hidden layers (LeCun et al., 1998)."""
+
+    num_classes: int
+    widths: tuple[int, ...] = (300, 100)
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        x = images.reshape(images.shape[0], -1)
+        for width in self.widths:
+            x = nn.relu(nn.Dense(width)(x))
+        return nn.Dense(self.num_classes)(x)
+
+
+class CNN(nn.Module):
+    """Two convolutions and two dense layers, after LeNet-5 with today's pooling and ReLU."""
+
+    num_classes: int
+    channels: tuple[int, ...] = (16, 32)
+    width: int = 128
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        x = images
+        for channels in self.channels:
+            x = nn.relu(nn.Conv(channels, (3, 3))(x))
+            x = nn.max_pool(x, (2, 2), (2, 2))
+        x = nn.relu(nn.Dense(self.width)(x.reshape(x.shape[0], -1)))
+        return nn.Dense(self.num_classes)(x)
+
+
+class LeNet5(nn.Module):
+    """LeNet-5: two 5x5 convolutions and three dense layers (LeCun et al., 1998), with max-pooling and ReLU."""
+
+    num_classes: int
+    channels: tuple[int, ...] = (6, 16)
+    widths: tuple[int, ...] = (120, 84)
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        x = images
+        for i, channels in enumerate(self.channels):
+            x = nn.relu(nn.Conv(channels, (5, 5), padding="VALID" if i else "SAME")(x))
+            x = nn.max_pool(x, (2, 2), (2, 2), padding="SAME")
+        x = x.reshape(x.shape[0], -1)
+        for width in self.widths:
+            x = nn.relu(nn.Dense(width)(x))
+        return nn.Dense(self.num_classes)(x)
+
+
+class ResNet(nn.Module):
+    """Residual blocks with group normalisation, halving the image and doubling the channels at each stage."""
+
+    num_classes: int
+    channels: int = 16
+    blocks: tuple[int, ...] = (1, 1, 1)
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        x = nn.Conv(self.channels, (3, 3), use_bias=False)(images)
+        for stage, count in enumerate(self.blocks):
+            channels = self.channels * 2**stage
+            for block in range(count):
+                stride = 2 if stage > 0 and block == 0 else 1
+                y = nn.relu(nn.GroupNorm(num_groups=8)(x))
+                skip = x
+                if y.shape[-1] != channels or stride > 1:
+                    skip = nn.Conv(channels, (1, 1), stride, use_bias=False)(y)
+                y = nn.Conv(channels, (3, 3), stride, use_bias=False)(y)
+                y = nn.relu(nn.GroupNorm(num_groups=8)(y))
+                x = skip + nn.Conv(channels, (3, 3), use_bias=False)(y)
+        x = nn.relu(nn.GroupNorm(num_groups=8)(x))
+        return nn.Dense(self.num_classes)(jnp.mean(x, axis=(1, 2)))
+
+
+MODELS: dict[str, Callable[[int], nn.Module]] = {"mlp": MLP, "cnn": CNN, "resnet": ResNet}
+
+
+def init(model: nn.Module, key: jax.Array, images: jax.Array) -> Any:
+    """Fresh parameters.
+
+    Args:
+        model: one of `MODELS`, made for a number of classes.
+        key: a JAX random key.
+        images: any batch of the right shape.
+
+    Returns:
+        The `params` collection: what `apply` takes and what is pruned.
+    """
+    return model.init(key, images[:1])["params"]
+
+
+def apply(model: nn.Module, params: Any, images: jax.Array) -> jax.Array:
+    """Logits `(n, classes)` of images `(n, height, width, channels)` in [0, 1]."""
+    return model.apply({"params": params}, images)
