@@ -1,8 +1,20 @@
-"""Calibrated one-shot pruning of any JAX function: Wanda, SparseGPT, reconstruction.
+"""Calibrated one-shot pruning of any JAX function: Wanda, SparseGPT, ADMM, reconstruction.
 
 Layer inputs come from interpreting the function's jaxpr: no hooks, no model changes.
 """
 
-from prunax.calibration import solver
+from prunax.calibration import layouts, solver, stages
+from prunax.calibration.pruning import Pruned, admm, reconstruct, sparsegpt, wanda
+from prunax.calibration.statistics import input_statistics
 
-__all__ = ["solver"]
+__all__ = [
+    "Pruned",
+    "admm",
+    "input_statistics",
+    "layouts",
+    "reconstruct",
+    "solver",
+    "sparsegpt",
+    "stages",
+    "wanda",
+]

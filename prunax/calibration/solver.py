@@ -1,8 +1,8 @@
 """Pruning one weight matrix with the second moments of its inputs: array mathematics that knows nothing of models.
 
-Everything here is a pure function of a matrix ``(in, out)`` and the Gram matrix ``(in, in)`` of the inputs that meet it,
-compiled once for each shape, and can be mapped over stacked layers and experts with `jax.vmap`. A mask is boolean, True
-= kept.
+Everything here is a pure function of a matrix ``(in, out)`` and the Gram matrix ``(in, in)`` of the inputs that meet
+it, compiled once for each shape, and can be mapped over stacked layers and experts with `jax.vmap`. A mask is boolean,
+True = kept.
 """
 
 import functools
@@ -28,7 +28,7 @@ class Factor(NamedTuple):
 
     Attributes:
         upper: (in, in) upper triangular U with ``U.T @ U`` the inverse of the damped Gram matrix.
-        dead: (in,) bool, True for inputs that were always zero.
+        dead: (in,) bool, True for inputs that were always zero, unless all were.
         damping: Scalar, what was added to the diagonal over the diagonal's mean: the asked damping, or more where the
             factorization failed with that.
     """
@@ -76,14 +76,14 @@ def budgets(
     if isinstance(pattern, patterns.NM):
         return np.full((matrices, len(ends)), num_pruned, np.int32)
     if isinstance(pattern, patterns.ConstantFanIn):
-        sums = [_rounded_share(num_pruned, end, length) for end in ends]
+        sums = [share(num_pruned, end, length) for end in ends]
         return np.tile(np.diff(sums, prepend=0).astype(np.int32), (matrices, 1))
     done = (np.arange(matrices)[:, None] * length + ends).reshape(-1) * width
-    sums = [_rounded_share(num_pruned, n, matrices * length * width) for n in done]
+    sums = [share(num_pruned, n, matrices * length * width) for n in done]
     return np.diff(sums, prepend=0).astype(np.int32).reshape(matrices, -1)
 
 
-def _rounded_share(total: int, part: Any, whole: int) -> int:
+def share(total: int, part: Any, whole: int) -> int:
     """``round(total * part / whole)`` in exact integers, halves up."""
     return (2 * total * int(part) + whole) // (2 * whole) if whole else 0
 
@@ -104,20 +104,20 @@ def factorize(gram: jax.Array, damping: jax.Array | float = 0.01) -> Factor:
 
     Examples:
         >>> import jax.numpy as jnp, prunax
-        >>> factor = prunax.calibration.solver.factorize(jnp.diag(jnp.array([4.0, 0.0])), 0.0)
+        >>> factor = prunax.calibration.solver.factorize(4.0 * jnp.eye(2), damping=0.0)
         >>> factor.upper.tolist(), factor.dead.tolist()
-        ([[0.5, 0.0], [0.0, 1.0]], [False, True])
+        ([[0.5, 0.0], [0.0, 0.5]], [False, False])
 
     References:
         Frantar and Alistarh, SparseGPT, 2023, arXiv:2301.00774, section 3.3. They invert H and factorize the inverse;
         factorizing H from its last row on and inverting the triangle gives the same U in half the work.
     """
     diagonal = jnp.diagonal(gram)
-    dead = diagonal == 0
+    silent = diagonal == 0
     # An input that was always zero gets the unit diagonal that decouples it, in units of the others.
     scale = jnp.mean(diagonal)
     scale = jnp.where(scale > 0, scale, 1)
-    gram = gram / scale + jnp.diag(dead.astype(gram.dtype))
+    gram = gram / scale + jnp.diag(silent.astype(gram.dtype))
     eye = jnp.eye(len(gram), dtype=gram.dtype)
 
     def attempt(damping: jax.Array) -> jax.Array:
@@ -135,7 +135,8 @@ def factorize(gram: jax.Array, damping: jax.Array | float = 0.01) -> Factor:
 
     first = jnp.asarray(damping, gram.dtype)
     upper, used = jax.lax.while_loop(failed, again, (attempt(first), first))
-    return Factor(upper / jnp.sqrt(scale), dead, used)
+    # Where nothing was heard of any input, nothing is known, and no input is worth less than another.
+    return Factor(upper / jnp.sqrt(scale), silent & ~jnp.all(silent), used)
 
 
 @functools.partial(jax.jit, static_argnames=("pattern", "block_size"))
@@ -153,8 +154,9 @@ def obs(
         weights: (in, out) matrix.
         factor: `factorize` of the Gram matrix of its inputs.
         budget: (blocks,) int32, a row of `budgets`.
-        pattern: `patterns.Unstructured`: chosen within each block of inputs, over all outputs. `patterns.ConstantFanIn`:
-            within each block, output by output. `patterns.NM`: within each group, when its turn comes.
+        pattern: `patterns.Unstructured`: chosen within each block of inputs, over all outputs.
+            `patterns.ConstantFanIn`: within each block, output by output. `patterns.NM`: within each group, when its
+            turn comes.
         block_size: Inputs in a block; with NM a multiple of the length of a group.
 
     Returns:
@@ -314,8 +316,8 @@ def refit(
         damping: lambda, the factor of the mean of the Gram matrix's diagonal; keeps weights that the inputs do not
             determine near where they were.
         start: Where to start from, the masked dense matrix where left out.
-        iterations: At most so many steps of conjugate gradients, preconditioned by the diagonal, on all outputs at once.
-            They stop as soon as no residual is above rounding.
+        iterations: At most so many steps of conjugate gradients, preconditioned by the diagonal, on all outputs at
+            once. They stop as soon as no residual is above rounding.
 
     Returns:
         The refitted matrix, exactly 0.0 where pruned, in the weights' dtype.
@@ -378,8 +380,8 @@ def admm(
     r"""Choose support and weights of a matrix together, by the alternating direction method of multipliers.
 
     Minimizes the change of the layer's outputs, :math:`\|X(\hat W - W)\|^2`, over matrices of the pattern. Slower than
-    `obs` and nearer to the minimum: no input is decided before the others, and the penalty that drives the dense and the
-    sparse copy together grows only as fast as the support settles.
+    `obs` and nearer to the minimum: no input is decided before the others, and the penalty that drives the dense and
+    the sparse copy together grows only as fast as the support settles.
 
     Args:
         weights: (in, out) dense matrix W.
@@ -421,7 +423,7 @@ def admm(
         return _largest(pattern, jnp.abs(x), num_pruned)
 
     def step(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        i, penalty, sparse, dual, mask, _, settled = state
+        i, penalty, sparse, dual, mask, _, _ = state
         rotated = target + _product(vectors.T, penalty * sparse - dual)
         full = _product(vectors, rotated / (values + penalty))
         raised = full + dual / penalty
