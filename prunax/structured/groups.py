@@ -314,14 +314,16 @@ def checked_units(function: str, group: AxisGroup, units: Any) -> np.ndarray:
         )
     units = np.asarray(units)
     if units.dtype == bool and units.shape == (group.size,):
-        return np.flatnonzero(units)
+        units = np.flatnonzero(units)
     whole = np.issubdtype(units.dtype, np.integer) or not units.size
     if units.ndim != 1 or not whole or len(np.unique(units)) != len(units):
         raise ValueError(
             f"{function}: the units to keep of {group.name} must be distinct indices, or a boolean mask of length "
             f"{group.size}; got an array of {units.dtype} and shape {units.shape}."
         )
-    if units.size and not 0 <= units.min() <= units.max() < group.size:
+    if not units.size:
+        raise ValueError(f"{function}: {group.name} must keep at least one unit.")
+    if not 0 <= units.min() <= units.max() < group.size:
         raise ValueError(
             f"{function}: {group.name} has units 0 to {group.size - 1}; asked to keep {units.min()} to {units.max()}."
         )

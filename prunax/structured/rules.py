@@ -14,7 +14,7 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn
 
 from prunax.structured import axes
 from prunax.structured.axes import Axis, Incompatible
-from prunax.structured.walk import Rule, Value, View, Walk
+from prunax.structured.walk import Rule, Value, View, Walk, shape_of
 
 __all__ = ["RULES"]
 
@@ -25,10 +25,11 @@ ELEMENTWISE = frozenset(
     """
     abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e bitcast_convert_type cbrt ceil
     clamp clz complex conj convert_element_type copy copy_p cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2
-    expm1 floor ge gt igamma igammac igamma_grad_a imag integer_pow is_finite le le_to lgamma log log1p logistic lt
-    lt_to max min mul name ne neg nextafter not optimization_barrier or polygamma population_count pow pvary random_fold_in
-    real reduce_precision regularized_incomplete_beta rem round rsqrt select_n sharding_constraint shift_left
-    shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh threefry2x32 xor zeta
+    expm1 floor ge gt igamma igamma_grad_a igammac imag integer_pow is_finite le le_to lgamma log log1p logistic lt
+    lt_to max min mul name ne neg nextafter not optimization_barrier or polygamma population_count pow pvary
+    random_fold_in real reduce_precision regularized_incomplete_beta rem round rsqrt select_n sharding_constraint
+    shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh
+    threefry2x32 xor zeta
     """.split()
 )
 REDUCTIONS = frozenset(
@@ -248,9 +249,7 @@ def _stack(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[Views]:
 @_rule("pad")
 def _pad(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[Views]:
     out = []
-    for view, (low, high, interior) in zip(
-        ins[0].views, eqn.params["padding_config"], strict=True
-    ):
+    for view, (low, high, interior) in zip(ins[0].views, eqn.params["padding_config"], strict=True):
         if min(low, high) < 0 or interior:
             why = "padded between its units"
             walk.freeze([view], why)
@@ -294,13 +293,13 @@ def _top_k(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[Views]:
     views = ins[0].views
     axis = eqn.params.get("axis", eqn.params.get("reduction_dimension", -1)) % len(views)
     walk.freeze([views[axis]], "its places are ranked and numbered")
-    k = eqn.outvars[0].aval.shape[axis]
+    k = shape_of(eqn.outvars[0])[axis]
     return [_replace(views, axis, walk.frozen(k, "ranked"))] * len(eqn.outvars)
 
 
 @_rule(*WINDOWS)
 def _reduce_window(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[Views]:
-    p, shape = eqn.params, eqn.outvars[0].aval.shape
+    p, shape = eqn.params, shape_of(eqn.outvars[0])
     views = list(_combine(walk, ins[: len(eqn.outvars)]))
     for i, view in enumerate(views):
         same = p["window_dimensions"][i] == p["window_strides"][i] == p["base_dilation"][i] == 1
@@ -331,7 +330,7 @@ def _dot_general(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[Views]
 
 @_rule("conv_general_dilated")
 def _conv(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[Views]:
-    p, shape = eqn.params, eqn.outvars[0].aval.shape
+    p, shape = eqn.params, shape_of(eqn.outvars[0])
     (data, kernel), numbers = (value.views for value in ins), p["dimension_numbers"]
     (batch, channels, *places), (units, inputs, *windows) = numbers.lhs_spec, numbers.rhs_spec
     out_batch, out_units, *out_places = numbers.out_spec
@@ -375,7 +374,7 @@ def _groups(view: View, groups: int) -> tuple[View, View]:
 def _gather(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[Views]:
     operand, indices = (value.views for value in ins)
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    shape = eqn.outvars[0].aval.shape
+    shape = shape_of(eqn.outvars[0])
     out: list[Any] = [None] * len(shape)
     whole, places = [], iter(numbers.offset_dims)
     for i, view in enumerate(operand):
@@ -453,7 +452,7 @@ def _random_bits(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[Views]
 def _random_keys(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[Views]:
     for value in ins:
         walk.freeze(value.views, "random keys")
-    shape = eqn.outvars[0].aval.shape
+    shape = shape_of(eqn.outvars[0])
     return [tuple(walk.frozen(n, "random keys") for n in shape)]
 
 

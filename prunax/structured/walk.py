@@ -5,6 +5,7 @@ equation and into inner jaxprs, and writes down what it found for those who eval
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,9 @@ from jax.extend.source_info_util import summarize
 from prunax.structured import axes
 from prunax.structured.axes import Axis, Frozen
 
-__all__ = ["Step", "Trace", "Value", "View", "Walk"]
+__all__ = ["Step", "Trace", "Value", "View", "Walk", "source_line", "walk"]
+
+_NOT_THE_USERS = ("site-packages", "dist-packages", str(Path(__file__).parent))
 
 Origins = frozenset[tuple[int, int]]
 
@@ -104,7 +107,7 @@ class Walk:
     def reason(self, why: str) -> Frozen:
         """The equation being read as the reason to freeze something."""
         assert self.eqn is not None
-        return Frozen(why, self.eqn.primitive.name, summarize(self.eqn.source_info))
+        return Frozen(why, self.eqn.primitive.name, source_line(self.eqn))
 
     def unify(self, a: View, b: View) -> View:
         """Make two axes one."""
@@ -138,6 +141,16 @@ class Walk:
         return trace
 
 
+def source_line(eqn: JaxprEqn) -> str:
+    """``folder/file.py:line`` of the user's code that an equation comes from: the innermost that is in no library."""
+    traceback = eqn.source_info.traceback
+    for frame in traceback.frames if traceback else ():
+        if not any(folder in frame.file_name for folder in _NOT_THE_USERS):
+            line = getattr(frame, "start_line", None) or frame.line_num
+            return f"{'/'.join(Path(frame.file_name).parts[-2:])}:{line}"
+    return summarize(eqn.source_info)
+
+
 def walk(state: Walk, jaxpr: ClosedJaxpr, ins: Sequence[Value]) -> Trace:
     """Give every value of a jaxpr its axes.
 
@@ -156,7 +169,7 @@ def walk(state: Walk, jaxpr: ClosedJaxpr, ins: Sequence[Value]) -> Trace:
 
     def read(var: Any) -> Value:
         if isinstance(var, Literal):
-            return Value(tuple(View(Axis(n)) for n in var.aval.shape))
+            return Value(tuple(View(Axis(n)) for n in shape_of(var)))
         return env[var]
 
     steps = []
@@ -181,4 +194,9 @@ def _unknown(state: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[tuple[Vie
     why = "used in a way that is not known to allow fewer units"
     for value in ins:
         state.freeze(value.views, why)
-    return [tuple(state.frozen(n, why) for n in getattr(v.aval, "shape", ())) for v in eqn.outvars]
+    return [tuple(state.frozen(n, why) for n in shape_of(var)) for var in eqn.outvars]
+
+
+def shape_of(var: Any) -> tuple[int, ...]:
+    """The shape of a variable; () for a token or the like."""
+    return getattr(var.aval, "shape", ())

@@ -1,21 +1,23 @@
 """Follow the removed units through the program: is what they leave behind zero wherever it is added up?
 
-With all weights of some units at zero, their activations are zero until something adds to them (a sigmoid, an exponential).
-Where a product with weights, or a sum, then runs over the units, a zero adds nothing, and removing the units changes
-nothing. Anything else that is left of them does.
+With all weights of some units at zero, their activations are zero until something adds to them (a sigmoid, an
+exponential). Where a product with weights, or a sum, then runs over the units, a zero adds nothing, and removing the
+units changes nothing. Anything else that is left of them does.
+
+What isn't known to be zero counts as not zero, so that a group may be called changed that isn't, never the other way.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jax.extend.core import JaxprEqn, Literal
-from jax.extend.source_info_util import summarize
 
 from prunax.structured import axes
 from prunax.structured.axes import Axis
 from prunax.structured.rules import ALONG_AXIS, CALLS, REDUCTIONS, SCATTERS, WINDOWS
-from prunax.structured.walk import Step, Trace
+from prunax.structured.walk import Step, Trace, source_line
 
 __all__ = ["Found", "follow"]
 
@@ -24,13 +26,13 @@ KEEPS = frozenset(
     """
     abs asin asinh atan atanh broadcast_in_dim ceil conj convert_element_type copy copy_p cumsum cumprod cummax cummin
     device_put dynamic_slice erf expand_dims expm1 floor gather imag integer_pow log1p name neg pvary real
-    reduce_precision reshape rev round sharding_constraint sign sin sinh slice split sqrt square squeeze stop_gradient tan
-    tanh transpose optimization_barrier
+    reduce_precision reshape rev round sharding_constraint sign sin sinh slice split sqrt square squeeze
+    stop_gradient tan tanh transpose optimization_barrier
     """.split()
 )
 # Zero where all operands are.
 ADDS = frozenset(
-    "add add_any sub max min or xor concatenate stack dynamic_update_slice clamp select_n".split()
+    "add add_any sub max min or xor concatenate stack dynamic_update_slice select_n".split()
 ) | frozenset(SCATTERS.split())
 # Zero where any operand is.
 MULTIPLIES = frozenset({"mul", "and", "dot_general", "conv_general_dilated"})
@@ -103,7 +105,22 @@ def _step(step: Step, zero: list[Zero], live: Zero, found: Found) -> list[Zero]:
     result = _result(eqn, name, zero, present)
     if all(z is live for z in zero) and name in KEEPS | ADDS:
         return [live] * len(step.outs)  # a literal zero, broadcast
-    return [result & _atoms(axis, live) for axis in step.outs]
+    return [result & _atoms(axis, live) - _unsure(step, axis, zero) for axis in step.outs]
+
+
+def _unsure(step: Step, out: Sequence[Axis], zero: list[Zero]) -> Zero:
+    """Atoms that lie on several axes of a result, and are perhaps zero along one of them alone."""
+    counts = _count(out)
+    operands = [(_count(axis), z) for axis, z in zip(step.ins, zero, strict=True) if axis]
+    return frozenset(
+        atom
+        for atom, n in counts.items()
+        if n > 1 and not all(atom in z and has[atom] >= n for has, z in operands)
+    )
+
+
+def _count(value: Sequence[Axis]) -> Counter[Axis]:
+    return Counter(atom for axis in value for atom in axes.atoms(axis))
 
 
 def _result(eqn: JaxprEqn, name: str, zero: list[Zero], present: list[Zero]) -> Zero:
@@ -115,16 +132,19 @@ def _result(eqn: JaxprEqn, name: str, zero: list[Zero], present: list[Zero]) -> 
     if name in WINDOWS and name != "reduce_window":
         return zero[0]
     if name == "pad":
-        return zero[0] & zero[1] if zero[1] else none
+        # Zeros on both sides: units of their own that hold nothing.
+        return frozenset.union(*zero) - (present[0] - zero[0]) if zero[1] else none
     if name in MULTIPLIES:
         return zero[0] | zero[1]
     if name in ("div", "rem"):
         return zero[0] - zero[1]
+    if name == "clamp":
+        low, _, high = eqn.invars
+        known = isinstance(low, Literal) and isinstance(high, Literal)
+        return zero[1] if known and low.val <= 0 <= high.val else none
     if name in ADDS:
         if name == "select_n":
             zero, present = zero[1:], present[1:]
-        elif name == "clamp":
-            zero, present = [zero[1]], [present[1]]
         elif name == "dynamic_update_slice":
             zero, present = zero[:2], present[:2]
         elif name in SCATTERS.split():
@@ -132,14 +152,14 @@ def _result(eqn: JaxprEqn, name: str, zero: list[Zero], present: list[Zero]) -> 
         everywhere = frozenset.union(*present, *zero)
         if name in ("concatenate", "stack"):
             # A part without the unit holds nothing of it.
-            return everywhere - frozenset().union(*(p - z for p, z in zip(present, zero)))
+            return everywhere - frozenset().union(
+                *(p - z for p, z in zip(present, zero, strict=True))
+            )
         return frozenset.intersection(*zero) if zero else none
     return none
 
 
-def _check(
-    step: Step, zero: list[Zero], present: list[Zero], live: Zero, found: Found
-) -> None:
+def _check(step: Step, zero: list[Zero], present: list[Zero], live: Zero, found: Found) -> None:
     """Note the atoms that this equation reduces over."""
     eqn, name = step.eqn, step.eqn.primitive.name
     if name in MULTIPLIES:
@@ -151,7 +171,7 @@ def _check(
         return
     where = eqn.params["axes"] if "axes" in eqn.params else eqn.params["dimensions"]
     gone = _atoms([step.ins[0][i] for i in where], live)
-    source = summarize(eqn.source_info)
+    source = source_line(eqn)
     for atom in gone:
         found.crosses.setdefault(atom, {})[f"`{name}` at {source}"] = None
     found.remains.update(gone if name != "reduce_sum" else gone - zero[0])
