@@ -63,20 +63,29 @@ class Bound:
 
     Attributes:
         eqn: The equation.
+        owner: The jaxpr that it stands in.
         key: Hashable; equal for equations that compute the same from the same operands.
         variables: Its operands, each once, without literals.
         results: The variables it defines, without those that are dropped.
     """
 
-    def __init__(self, eqn: JaxprEqn) -> None:
-        self.eqn = eqn
+    def __init__(self, eqn: JaxprEqn, owner: Jaxpr) -> None:
+        self.eqn, self.owner = eqn, owner
         self.variables = tuple(dict.fromkeys(v for v in eqn.invars if not isinstance(v, Literal)))
         self.results = tuple(v for v in eqn.outvars if type(v) is Var)
         numbers: dict[Any, int] = {}
         self.key = _equation_key(eqn, numbers)
 
     def __call__(self, *operands: jax.Array) -> list[jax.Array]:
-        jaxpr = Jaxpr((), self.variables, self.results, [self.eqn], self.eqn.effects)
+        # All but the source information of the owner is replaced. Evaluating a jaxpr of one equation, rather than
+        # binding its primitive, leaves it to JAX what kinds of parameters the primitive takes.
+        jaxpr = self.owner.replace(
+            constvars=[],
+            invars=list(self.variables),
+            outvars=list(self.results),
+            eqns=[self.eqn],
+            effects=self.eqn.effects,
+        )
         return jaxpr_as_fun(ClosedJaxpr(jaxpr, ()))(*operands)
 
 
@@ -284,11 +293,11 @@ class _Flattener:
             return self.literal(v) if isinstance(v, Literal) else ids[v]
 
         for eqn in jaxpr.eqns:
-            results = self.add(eqn, [read(v) for v in eqn.invars])
+            results = self.add(eqn, [read(v) for v in eqn.invars], jaxpr)
             ids |= dict(zip(eqn.outvars, results, strict=True))
         return [read(v) for v in jaxpr.outvars]
 
-    def add(self, eqn: JaxprEqn, inputs: list[int]) -> list[int]:
+    def add(self, eqn: JaxprEqn, inputs: list[int], owner: Jaxpr) -> list[int]:
         """Add one equation, or those inside it. Returns the ids of its results, one for each of its `outvars`."""
         name = eqn.primitive.name
         if name in _CALLS:
@@ -302,14 +311,19 @@ class _Flattener:
             return self.unroll(eqn, inputs)
         # A scan's body that is unrolled comes by here once a turn, with the same equations.
         if id(eqn) not in self.bound:
-            self.bound[id(eqn)] = Bound(eqn)
+            self.bound[id(eqn)] = Bound(eqn, owner)
         operation = self.bound[id(eqn)]
         outputs = {v: self.value(v) for v in operation.results}
-        if viewed:
-            self.follow(operation, inputs, list(outputs.values()))
         variables = [n for n, v in enumerate(eqn.invars) if not isinstance(v, Literal)]
         operands = {eqn.invars[n]: inputs[n] for n in variables}
         ids = tuple(operands[v] for v in operation.variables)
+        if _is_counting(eqn) and all(i in self.known for i in inputs):
+            # Which branch of a switch is taken may take some arithmetic.
+            results = operation(*(self.known[i] for i in ids))
+            self.known |= zip(outputs.values(), map(np.asarray, results), strict=True)
+            return list(outputs.values())
+        if viewed:
+            self.follow(operation, inputs, list(outputs.values()))
         self.equations.append(Equation(operation, ids, tuple(outputs.values())))
         return [outputs.get(v, -1) for v in eqn.outvars]
 
@@ -381,6 +395,14 @@ class _Flattener:
     def note_uses(self, inputs: Sequence[int], primitive: str) -> None:
         leaves = {self.views[i].leaf for i in inputs if i in self.views}
         self.uses += [_Use(len(self.equations), leaf, primitive) for leaf in sorted(leaves)]
+
+
+def _is_counting(eqn: JaxprEqn) -> bool:
+    """Whether an equation makes nothing but whole numbers and truth values."""
+    return not eqn.effects and all(
+        _aval(v).shape == () and _aval(v).dtype in (np.dtype(np.int32), np.dtype(bool))
+        for v in eqn.outvars
+    )
 
 
 def _aval(v: Any) -> Any:
