@@ -103,6 +103,14 @@ def compute_masks(
                 f"compute_masks: the scores of {', '.join(map(repr, bad))} contain NaN, which cannot be ranked. "
                 f"Look for the step that made them, or replace them with jnp.nan_to_num."
             )
+    if not trees.is_traced(*kept, *chosen.leaves):
+        kept = [
+            # On a mesh whose axes are automatic, the masks of pooled units may come out spread otherwise.
+            jax.device_put(mask, leaf.sharding)
+            if isinstance(leaf, jax.Array) and mask.sharding != leaf.sharding
+            else mask
+            for mask, leaf in zip(kept, chosen.leaves, strict=True)
+        ]
     # A buffer for each scalar, so that the tree can be donated.
     return chosen.put(kept, jax.tree.map(lambda _: trees.keep_all(), params))
 
@@ -258,7 +266,8 @@ def select_masks(
                 jnp.int32
             )  # no slice reaches 2**31
             kept[i] = selection.keep_largest_along(units[i], pattern.compare_axis, k)
-    return [pattern.expand(k, s.shape) for k, s in zip(kept, score_leaves, strict=True)]
+    masks = [pattern.expand(k, s.shape) for k, s in zip(kept, score_leaves, strict=True)]
+    return [_shard_like(m, s) for m, s in zip(masks, score_leaves, strict=True)]
 
 
 def _comparable(units: list[jax.Array], pools: tuple[tuple[int, ...], ...]) -> list[jax.Array]:
@@ -270,6 +279,14 @@ def _comparable(units: list[jax.Array], pools: tuple[tuple[int, ...], ...]) -> l
             for i in pool:
                 units[i] = units[i].astype(trees.wide_dtype(*dtypes))
     return units
+
+
+def _shard_like(mask: jax.Array, leaf: jax.Array) -> jax.Array:
+    """Give a mask its leaf's sharding, where that is part of the type: masks of pooled units have less of it."""
+    wanted = jax.typeof(leaf).sharding
+    if jax.typeof(mask).sharding == wanted or all(axis is None for axis in wanted.spec):
+        return mask
+    return jax.sharding.reshard(mask, wanted)
 
 
 def _slice_budget(pattern: patterns.Pattern, sparsity: Any, length: int, path: str) -> Any:

@@ -1,8 +1,8 @@
-"""One bit a weight: bool arrays packed into bytes as bit planes.
+"""One bit a weight: bool arrays packed into bytes.
 
-The rows of an array along its packing axis are cut into eight equal planes, and byte r holds row r of every plane,
-plane j in bit j. Unpacking is then eight shifts of contiguous memory, which XLA fuses into whatever reads the mask.
-Packing along the minor axis would interleave neighbours and defeat vectorisation.
+Eight neighbours along the packing axis share a byte, the first in the lowest bit. The packing axis is not the minor one
+where that can be helped: the other axes stay contiguous, so that XLA vectorises the shifts and fuses them into whatever
+reads the mask. Where the array is sharded along the packing axis, so are the bytes, and nothing moves.
 """
 
 import jax
@@ -52,9 +52,12 @@ def pack(mask: jax.Array) -> jax.Array:
         return mask
     axis = _axis(mask.shape)
     rows = packed_shape(mask.shape)[axis]
-    widths = [(0, 8 * rows - n if a == axis else 0) for a, n in enumerate(mask.shape)]
-    planes = jnp.pad(mask, widths).reshape((*mask.shape[:axis], 8, rows, *mask.shape[axis + 1 :]))
-    return jnp.sum(planes.astype(jnp.uint8) << _bits(planes.ndim, axis), axis=axis, dtype=jnp.uint8)
+    if rows * 8 != mask.shape[axis]:
+        widths = [(0, 8 * rows - n if a == axis else 0) for a, n in enumerate(mask.shape)]
+        mask = jnp.pad(mask, widths)
+    groups = mask.reshape((*mask.shape[:axis], rows, 8, *mask.shape[axis + 1 :]))
+    bits = groups.astype(jnp.uint8) << _bits(groups.ndim, axis + 1)
+    return jnp.sum(bits, axis=axis + 1, dtype=jnp.uint8)
 
 
 def unpack(packed: jax.Array, shape: Shape) -> jax.Array:
@@ -76,9 +79,9 @@ def unpack(packed: jax.Array, shape: Shape) -> jax.Array:
     if not packed.shape:
         return packed
     axis = _axis(shape)
-    planes = jnp.expand_dims(packed, axis)
-    planes = (planes >> _bits(planes.ndim, axis)) & jnp.uint8(1)
-    merged = planes.reshape((*shape[:axis], 8 * packed.shape[axis], *shape[axis + 1 :]))
+    groups = jnp.expand_dims(packed, axis + 1)
+    groups = (groups >> _bits(groups.ndim, axis + 1)) & jnp.uint8(1)
+    merged = groups.reshape((*shape[:axis], 8 * packed.shape[axis], *shape[axis + 1 :]))
     return jax.lax.slice_in_dim(merged, 0, shape[axis], axis=axis).astype(jnp.bool_)
 
 

@@ -269,7 +269,12 @@ class Block:
 
     def expand(self, mask: jax.Array, shape: Shape) -> jax.Array:
         for axis, block in zip((-2, -1), self.shape, strict=True):
-            mask = jnp.repeat(mask, block, axis=axis)
+            # As jnp.repeat, which wants to be told the sharding: broadcasting and merging keep it.
+            n, at = mask.shape[axis], mask.ndim + axis
+            tiles = jnp.broadcast_to(
+                jnp.expand_dims(mask, at + 1), (*mask.shape[: at + 1], block, *mask.shape[at + 1 :])
+            )
+            mask = tiles.reshape((*mask.shape[:at], n * block, *mask.shape[at + 1 :]))
         return mask[..., : shape[-2], : shape[-1]]
 
 
