@@ -150,6 +150,22 @@ def test_models_take_images_of_any_size(name, shape):
     assert len(loop.kernels(params)) == len(names) >= 3
 
 
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
+@pytest.mark.parametrize("size", [(8, 8), (7, 10)])
+@pytest.mark.parametrize("window", [(3, 3), (1, 1), (5, 2)])
+def test_convolution_by_patches_is_convolution(strides, size, window):
+    image_key, kernel_key = jax.random.split(jax.random.key(0))
+    images = jax.random.normal(image_key, (2, *size, 3))
+    kernel = jax.random.normal(kernel_key, (*window, 3, 4))
+    expected = jax.lax.conv_general_dilated(
+        images, kernel, strides, "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    result = models.convolve(
+        images, kernel, strides, "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_epochs_scan_and_map_over_seeds():
     """As a benchmark of many seeds uses them: one program, no Python in between."""
     rng = np.random.default_rng(0)
