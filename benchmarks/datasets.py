@@ -80,7 +80,8 @@ def load(name: str = "digits", data_dir: str | os.PathLike | None = None) -> Dat
         >>> digits.train_images.shape, digits.test_images.shape
         ((1437, 8, 8, 1), (360, 8, 8, 1))
     """
-    builder = prepared_builder(name, Path(data_dir) if data_dir else data_folder())
+    folder = Path(data_dir) if data_dir else data_folder()
+    builder = prepared_builder(name, folder)
     image_key, label_key = _classification_keys(builder)
     splits, features = builder.info.splits, builder.info.features
     held_out = next((split for split in ("test", "validation") if split in splits), None)
@@ -92,8 +93,8 @@ def load(name: str = "digits", data_dir: str | os.PathLike | None = None) -> Dat
     if 4 * count * np.prod(shape) > MAX_BYTES:
         raise DatasetError(f"{name}: {count} images of shape {shape} do not fit into memory.")
 
-    # Decoding is slow (a few thousand images a second), so the arrays are kept beside the data.
-    file = Path(builder.data_dir) / "arrays.npz"
+    # Decoding is slow (a few thousand images a second), so the arrays are kept.
+    file = folder / "arrays" / f"{builder.info.full_name.replace('/', '-')}.npz"
     if not file.is_file():
         arrays = []
         for split in names:
@@ -309,6 +310,7 @@ def _read(source: Any, image_key: str, label_key: str, shape: tuple[int, int, in
 
 
 def _save(file: Path, arrays: list[np.ndarray]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(f".{os.getpid()}.npz")  # another process may be writing too
     np.savez(partial, *arrays)
     partial.replace(file)

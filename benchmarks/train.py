@@ -6,6 +6,7 @@ and writes all figures as JSON and the curves as PNG.
 
 import argparse
 import functools
+import os
 import statistics
 import sys
 import time
@@ -282,7 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     file = args.out / f"{stem}.json"
     harness.write_json(file, report(args, arguments, dataset, runs, table))
     figures.save_training(file.with_suffix(".png"), runs, title, settings.steps)
-    console.print(f"Figures: {file} and .png", soft_wrap=True, highlight=False)
+    console.print(f"Figures: {os.path.relpath(file)} and .png", soft_wrap=True, highlight=False)
 
 
 def _parser() -> argparse.ArgumentParser:
