@@ -1,6 +1,6 @@
 """Pictures of training runs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,5 +63,69 @@ def save_training(file: Path, runs: Sequence[Any], title: str, steps: int) -> No
     layers.set_xlim(0, 100)
     layers.set_xlabel("sparsity of each layer at the end, %")
     layers.grid(axis="x", alpha=0.3)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=130)
+
+
+def save_methods(file: Path, content: Mapping[str, Any], families: Mapping[str, str]) -> None:
+    """Draws accuracy against sparsity: a row of panels a network, a panel a family, a line a method.
+
+    Args:
+        file: the PNG to write.
+        content: the results of `methods.py`.
+        families: name and title of each panel.
+    """
+    from benchmarks.method_recipes import METHODS
+
+    networks = list(dict.fromkeys(r["network"] for r in content["records"]))
+    figure = matplotlib.figure.Figure(
+        figsize=(5 * len(families), 4.2 * len(networks)), layout="constrained"
+    )
+    axes = figure.subplots(len(networks), len(families), squeeze=False, sharey="row")
+    for network, row in zip(networks, axes, strict=True):
+        of_network = [r for r in content["records"] if r["network"] == network]
+        dense = [np.mean(r["test_accuracy"]) for r in of_network if r["method"] == "dense"]
+        for (family, title), panel in zip(families.items(), row, strict=True):
+            for level in dense:
+                panel.axhline(100 * level, color="0.4", linestyle="--", linewidth=1, label="dense")
+            names = [name for name, method in METHODS.items() if method.family == family]
+            for i, name in enumerate(names):
+                points = sorted(
+                    (
+                        np.mean(r["realised_sparsity"]),
+                        100 * np.mean(r["test_accuracy"]),
+                        100 * np.std(r["test_accuracy"], ddof=len(r["test_accuracy"]) > 1),
+                    )
+                    for r in of_network
+                    if r["method"] == name
+                )
+                if not points:
+                    continue
+                sparsity, mean, deviation = np.array(points).T
+                panel.errorbar(
+                    1 / (1 - sparsity),
+                    mean,
+                    deviation,
+                    color=f"C{i}",
+                    marker="osD^vPX"[i % 7],
+                    markersize=4,
+                    linewidth=1.4,
+                    capsize=2,
+                    label=name,
+                )
+            panel.set_title(f"{network}: {title}", fontsize="medium")
+            panel.set_xlim(4.5, 120)
+            panel.set_xscale("log")
+            ticks = (0.8, 0.9, 0.95, 0.98, 0.99)
+            panel.set_xticks([1 / (1 - s) for s in ticks], [f"{s:.0%}" for s in ticks])
+            panel.minorticks_off()
+            panel.grid(alpha=0.3)
+            panel.legend(fontsize="small", loc="lower left")
+        means = [100 * np.mean(r["test_accuracy"]) for r in of_network]
+        top = max(means)
+        row[0].set_ylim(max(min(means) - 1, top - 16), top + 1)
+        row[0].set_ylabel("test accuracy, %")
+    for panel in axes[-1]:
+        panel.set_xlabel("weights that are zero")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=130)

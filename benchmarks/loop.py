@@ -63,6 +63,21 @@ def epoch(
     Returns:
         The next state, and the metrics after this epoch.
     """
+    state, loss = train_epoch(apply, optimizer, data, state, batch_size=batch_size, l1=l1)
+    accuracy = evaluate(apply, state.params, data.test_images, data.test_labels)
+    return state, Metrics(loss, accuracy, sparsity(state.params))
+
+
+def train_epoch(
+    apply: Callable[[PyTree, jax.Array], jax.Array],
+    optimizer: optax.GradientTransformation,
+    data: Data,
+    state: State,
+    *,
+    batch_size: int,
+    l1: float | jax.Array = 0.0,
+) -> tuple[State, jax.Array]:
+    """`epoch` without the evaluation. Returns the next state and the mean loss."""
     key, shuffle = jax.random.split(state.key)
     count = data.train_labels.shape[0]
     steps = steps_per_epoch(count, batch_size)
@@ -82,8 +97,7 @@ def epoch(
 
     carry = state.params, state.opt_state
     (params, opt_state), losses = jax.lax.scan(step, carry, order.reshape(steps, batch_size))
-    accuracy = evaluate(apply, params, data.test_images, data.test_labels)
-    return State(params, opt_state, key), Metrics(losses.mean(), accuracy, sparsity(params))
+    return State(params, opt_state, key), losses.mean()
 
 
 def evaluate(

@@ -72,7 +72,11 @@ class CNN(nn.Module):
 
 
 class LeNet5(nn.Module):
-    """LeNet-5: two 5x5 convolutions and three dense layers (LeCun et al., 1998), with max-pooling and ReLU."""
+    """Two 5x5 convolutions of stride 2 and three dense layers, after LeNet-5 (LeCun et al., 1998).
+
+    Strides stand in for pooling (Simard et al., 2003), and convolutions are written as products of patches: within
+    `lax.scan` XLA's own run on one CPU thread, which takes many times as long.
+    """
 
     num_classes: int
     channels: tuple[int, ...] = (6, 16)
@@ -80,14 +84,40 @@ class LeNet5(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        x = images
-        for i, channels in enumerate(self.channels):
-            x = nn.relu(nn.Conv(channels, (5, 5), padding="VALID" if i else "SAME")(x))
-            x = nn.max_pool(x, (2, 2), (2, 2), padding="SAME")
-        x = x.reshape(x.shape[0], -1)
+        x = jnp.moveaxis(images, (3, 0), (0, 3))  # the batch last: patches are copies of long rows
+        for channels in self.channels:
+            x = nn.relu(PatchConv(channels)(x))
+        x = x.reshape(-1, x.shape[-1]).T
         for width in self.widths:
             x = nn.relu(nn.Dense(width)(x))
         return nn.Dense(self.num_classes)(x)
+
+
+class PatchConv(nn.Module):
+    """A 5x5 convolution of stride 2 of `(channels, height, width, n)`, as one matrix product.
+
+    The kernel has Flax's shape, `(5, 5, in, out)`.
+    """
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        size, stride = 5, 2
+        channels, *_, count = x.shape
+        kernel_shape = (size, size, channels, self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), kernel_shape)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        height, width = ((n - 1) // stride + 1 for n in x.shape[1:3])
+        x = jnp.pad(x, ((0, 0), (size // 2, size // 2), (size // 2, size // 2), (0, 0)))
+        patches = [
+            x[:, i : i + stride * height : stride, j : j + stride * width : stride]
+            for i in range(size)
+            for j in range(size)
+        ]
+        rows = jnp.concatenate(patches).reshape(size * size * channels, -1)
+        y = kernel.reshape(-1, self.features).T @ rows + bias[:, None]
+        return y.reshape(self.features, height, width, count)
 
 
 class ResNet(nn.Module):
@@ -115,7 +145,12 @@ class ResNet(nn.Module):
         return nn.Dense(self.num_classes)(jnp.mean(x, axis=(1, 2)))
 
 
-MODELS: dict[str, Callable[[int], nn.Module]] = {"mlp": MLP, "cnn": CNN, "resnet": ResNet}
+MODELS: dict[str, Callable[[int], nn.Module]] = {
+    "mlp": MLP,
+    "lenet5": LeNet5,
+    "cnn": CNN,
+    "resnet": ResNet,
+}
 
 
 def init(model: nn.Module, key: jax.Array, images: jax.Array) -> Any:

@@ -1,0 +1,729 @@
+"""Compares sparse training methods: networks x methods x sparsities x seeds, on real images.
+
+Every run of one network has the same steps, batches, learning rates and initial weights; only lottery tickets train
+more than once. Each result is written as soon as it is there, and the same command goes on where it stopped.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import rich.console
+
+import prunax
+from benchmarks import datasets, figures, harness, loop, method_recipes, models
+from benchmarks.method_recipes import METHODS, Budget, Recipe
+
+PyTree = Any
+
+EXAMPLES = """\
+examples:
+  python -m benchmarks.methods --quick
+  python -m benchmarks.methods --out benchmarks/results
+  python -m benchmarks.methods --network mlp --methods rigl set static --sparsities 0.98
+"""
+SPARSITIES = (0.8, 0.9, 0.95, 0.98, 0.99)
+NETWORKS = {"mlp": "LeNet-300-100", "lenet5": "LeNet-5"}
+LEARNING_RATES = {"mlp": 1e-3, "lenet5": 2e-3}
+QUICK = {
+    "network": ["mlp"],
+    "methods": "dense static magnitude global erk one-shot straight-through proximal-l1 rigl snip".split(),
+    "sparsities": [0.9, 0.98],
+    "seeds": 2,
+}
+FULL = {
+    "network": list(NETWORKS),
+    "methods": list(METHODS),
+    "sparsities": list(SPARSITIES),
+    "seeds": 3,
+}
+
+
+class Outcome(NamedTuple):
+    """One training, or one a seed along the leading axes.
+
+    Attributes:
+        params: after training, masked.
+        masks: True = kept.
+        zeros: whether the network that was trained had exactly these params, so that masking them changed nothing.
+        losses: mean training loss of each epoch.
+    """
+
+    params: PyTree
+    masks: PyTree
+    zeros: jax.Array
+    losses: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("network", "classes"))
+def initial(network: str, classes: int, keys: jax.Array, images: jax.Array) -> PyTree:
+    """Fresh params with a leading axis of seeds: the same ones for every method."""
+    model = models.MODELS[network](classes)
+    return each_seed(lambda key: models.init(model, jax.random.fold_in(key, 0), images), keys)
+
+
+def run(
+    recipe: Recipe, budget: Budget, classes: int, data: loop.Data, params: PyTree, key: jax.Array
+) -> Outcome:
+    """One whole run: masks before training, training. Compile it.
+
+    Args:
+        recipe: what the method does.
+        budget: what all methods have in common.
+        classes: number of labels.
+        data: images and labels.
+        params: fresh ones.
+        key: of the seed. The same key gives the same batches, whatever the method.
+    """
+    model = models.MODELS[budget.network](classes)
+    masks = None
+    if recipe.start is not None:
+        total = len(data.train_labels)
+        rows = jax.random.choice(
+            jax.random.fold_in(key, 1), total, (min(1000, total),), replace=False
+        )
+        images, labels = data.train_images[rows], data.train_labels[rows]
+
+        def loss(params: PyTree) -> jax.Array:
+            logits = models.apply(model, params, images)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+        masks = recipe.start(loss, functools.partial(models.apply, model), params, images)
+    return train(recipe, budget, classes, data, params, masks, key)
+
+
+def train(
+    recipe: Recipe,
+    budget: Budget,
+    classes: int,
+    data: loop.Data,
+    params: PyTree,
+    masks: PyTree,
+    key: jax.Array,
+    epochs: int | None = None,
+) -> Outcome:
+    """Trains from given params, all epochs within `lax.scan`.
+
+    Args:
+        recipe: as in `run`.
+        budget: as in `run`.
+        classes: as in `run`.
+        data: as in `run`.
+        params: where to begin.
+        masks: those before training, for recipes that have them.
+        key: shuffles, and draws random scores.
+        epochs: how many; None for all that the budget has left.
+    """
+    model = models.MODELS[budget.network](classes)
+    optimizer = recipe.optimizer(jax.random.fold_in(key, 2), masks)
+
+    def apply(params: PyTree, images: jax.Array) -> jax.Array:
+        return models.apply(model, recipe.forward(params), images)
+
+    def epoch(state: loop.State, _: None) -> tuple[loop.State, jax.Array]:
+        return loop.train_epoch(apply, optimizer, data, state, batch_size=budget.batch_size)
+
+    state = loop.State(params, optimizer.init(params), jax.random.fold_in(key, 3))
+    length = budget.epochs - budget.begin if epochs is None else epochs
+    state, losses = jax.lax.scan(epoch, state, None, length=length)
+    masks = recipe.masks(state.params, state.opt_state)
+    params = prunax.apply_masks(state.params, masks)
+    same = jax.tree.map(lambda a, b: jnp.all(a == b), recipe.forward(state.params), params)
+    zeros = jnp.all(jnp.stack(jax.tree.leaves(same)))
+    return Outcome(params, masks, zeros, losses)
+
+
+@functools.partial(jax.jit, static_argnames=("network", "classes"))
+def accuracy(
+    network: str, classes: int, params: PyTree, images: jax.Array, labels: jax.Array
+) -> jax.Array:
+    """Accuracy of params with a leading axis of seeds, in [0, 1]."""
+    apply = functools.partial(models.apply, models.MODELS[network](classes))
+
+    def of_seed(params: PyTree) -> jax.Array:
+        return loop.evaluate(apply, params, images, labels)
+
+    return each_seed(of_seed, params)
+
+
+def each_seed(function: Callable[..., Any], *args: Any) -> Any:
+    """Maps over the leading axis: side by side on an accelerator, one after the other on a CPU.
+
+    On two cores `vmap` was measured no faster, and it computes three sets of weights' worth of memory at once.
+    """
+    if jax.default_backend() == "cpu":
+        return jax.lax.map(lambda xs: function(*xs), args)
+    return jax.vmap(function)(*args)
+
+
+def keys_of(seeds: int) -> jax.Array:
+    return jax.vmap(jax.random.key)(jnp.arange(seeds))
+
+
+def compile_(function: Callable[..., Any], *args: Any) -> Any:
+    """Compiles a function for arguments. On CPU with LLVM's lower effort: a third quicker, programs as fast."""
+    cpu = jax.default_backend() == "cpu"
+    options = {"xla_backend_optimization_level": 1} if cpu else None
+    return jax.jit(function).lower(*args).compile(compiler_options=options)
+
+
+def train_method(
+    method: str, sparsity: float, budget: Budget, classes: int, data: loop.Data, seeds: int
+) -> tuple[Outcome, float, float]:
+    """All seeds of a method at a sparsity. Returns them, the seconds of the training and of the compilation."""
+    recipe = METHODS[method].recipe(budget, sparsity, **METHODS[method].options)
+
+    def all_seeds(params: PyTree, keys: jax.Array, data: loop.Data) -> Outcome:
+        return each_seed(
+            lambda params, key: run(recipe, budget, classes, data, params, key), params, keys
+        )
+
+    begin = time.perf_counter()
+    keys = keys_of(seeds)
+    args = initial(budget.network, classes, keys, data.train_images[:1]), keys, data
+    program = compile_(all_seeds, *args)
+    between = time.perf_counter()
+    outcome = jax.block_until_ready(program(*args))
+    return outcome, time.perf_counter() - between, between - begin
+
+
+def lottery(
+    sparsities: Sequence[float],
+    budget: Budget,
+    classes: int,
+    data: loop.Data,
+    seeds: int,
+    *,
+    rewind: float,
+    tickets: Mapping[float, Sequence[prunax.lottery.Ticket]] | None = None,
+) -> Iterator[tuple[float, list[prunax.lottery.Ticket], dict[str, Outcome], float]]:
+    """Iterative magnitude pruning through a list of sparsities, in rounds of about 20%.
+
+    Args:
+        sparsities: increasing.
+        budget: of each round.
+        classes: number of labels.
+        data: images and labels.
+        seeds: how many.
+        rewind: the fraction of the training to rewind to, in whole epochs.
+        tickets: those of earlier calls, by sparsity: the last one is gone on from.
+
+    Yields:
+        At each sparsity: it, one ticket a seed, the outcomes of `imp` and `imp-reinit`, and the seconds.
+    """
+    early = max(round(rewind * budget.epochs), 1)
+    late = budget._replace(begin=early)
+    dense = METHODS["dense"].recipe(budget, 0.0)
+    under_masks = Recipe(method_recipes.under_masks(budget))
+    under_masks_late = Recipe(method_recipes.under_masks(late))
+
+    @jax.jit
+    def start(params: PyTree, key: jax.Array, data: loop.Data) -> PyTree:
+        return train(dense, budget, classes, data, params, None, key, early).params
+
+    @jax.jit
+    def go_on(params: PyTree, masks: PyTree, key: jax.Array, data: loop.Data) -> Outcome:
+        return train(
+            under_masks_late, late, classes, data, params, masks, jax.random.fold_in(key, 4)
+        )
+
+    @jax.jit
+    def train_fresh(params: PyTree, masks: PyTree, key: jax.Array, data: loop.Data) -> Outcome:
+        params = prunax.apply_masks(params, masks)
+        return train(under_masks, budget, classes, data, params, masks, key)
+
+    keys, image = keys_of(seeds), data.train_images[:1]
+    fresh_keys = jax.vmap(lambda key: jax.random.fold_in(key, 5))(keys)
+    params = _unstack(initial(budget.network, classes, keys, image), seeds)
+    fresh = _unstack(initial(budget.network, classes, fresh_keys, image), seeds)
+    origins = [start(p, key, data) for p, key in zip(params, keys, strict=True)]
+    before, current = max((tickets or {}).items(), default=(0.0, [None] * seeds))
+    for sparsity in sparsities:
+        begin = time.perf_counter()
+        outcomes, now = [], []
+        for key, origin, ticket in zip(keys, origins, current, strict=True):
+            last: list[Outcome] = []
+
+            def round_(params: PyTree, masks: PyTree, key=key, last=last) -> PyTree:
+                last[:] = [go_on(params, masks, key, data)]
+                return last[0].params
+
+            for fraction in _fractions(before, sparsity, dense_first=ticket is None):
+                # One round from the ticket, so that the fraction may differ from round to round.
+                resume = None if ticket is None else ticket._replace(round=0)
+                (ticket,) = prunax.lottery.iterative_magnitude_pruning(
+                    round_,
+                    origin,
+                    rounds=0 if ticket is None else 1,
+                    fraction=fraction,
+                    resume=resume,
+                    allocation=prunax.allocation.global_ranking,
+                )
+            outcomes.append(last[0])
+            now.append(ticket)
+        refreshed = [
+            train_fresh(p, ticket.masks, key, data)
+            for p, ticket, key in zip(fresh, now, keys, strict=True)
+        ]
+        found = {"imp": _stack(outcomes), "imp-reinit": _stack(refreshed)}
+        before, current = sparsity, now
+        yield sparsity, now, found, time.perf_counter() - begin
+
+
+def _fractions(before: float, target: float, *, dense_first: bool) -> list[float]:
+    """The sparsity after each round from one sparsity to the next: all but the last one about 20% of what is left."""
+    ratio = (1 - target) / (1 - before)
+    rounds = max(round(math.log(ratio) / math.log(0.8)), 1)
+    steps = [1 - (1 - before) * ratio ** (r / rounds) for r in range(1, rounds)]
+    return [0.0] * dense_first + [*steps, target]
+
+
+def _stack(trees: Sequence[PyTree]) -> PyTree:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def _unstack(tree: PyTree, count: int) -> list[PyTree]:
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], tree) for i in range(count)]
+
+
+def record(
+    network: str,
+    method: str,
+    sparsity: float,
+    outcome: Outcome,
+    data: loop.Data,
+    classes: int,
+    seconds: float,
+    trainings: int = 1,
+) -> dict[str, Any]:
+    """What is kept of an outcome with a leading axis of seeds."""
+    evaluate = functools.partial(accuracy, network, classes, outcome.params)
+    layers, sizes = {}, {}
+    named = jax.tree_util.tree_leaves_with_path(outcome.masks)
+    for path, mask in named:
+        if mask.ndim > 1:  # one mask a seed: scalars, of leaves that are left alone, have one axis
+            name = prunax.trees.path_name(path)
+            pruned = np.sum(~np.asarray(mask), axis=tuple(range(1, mask.ndim)))
+            sizes[name] = mask[0].size
+            layers[name] = pruned
+    total = sum(sizes.values())
+    return {
+        "network": network,
+        "method": method,
+        "sparsity": sparsity,
+        "options": METHODS[method].options,
+        "test_accuracy": _numbers(evaluate(data.test_images, data.test_labels)),
+        "train_accuracy": _numbers(evaluate(data.train_images, data.train_labels)),
+        "realised_sparsity": _numbers(sum(layers.values()) / total),
+        "layer_sparsity": {name: _numbers(n / sizes[name]) for name, n in layers.items()},
+        "layer_weights": sizes,
+        "exact_zeros": bool(np.all(outcome.zeros)),
+        "losses": [_numbers(losses) for losses in np.asarray(outcome.losses)],
+        "trainings": trainings,
+        "seconds": round(seconds, 1),
+    }
+
+
+def _numbers(values: Any) -> list[float]:
+    return [round(float(v), 6) for v in np.asarray(values)]
+
+
+class Results:
+    """The results file: what is done, and settings that must stay the same for it to go on."""
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        self.path = path
+        self.settings = json.loads(json.dumps(settings))
+        self.records: list[dict[str, Any]] = []
+        if path.is_file():
+            content = json.loads(path.read_text())
+            if content["settings"] != self.settings:
+                different = [k for k, v in self.settings.items() if content["settings"].get(k) != v]
+                raise ValueError(
+                    f"{path} holds results of other settings ({', '.join(different)}). "
+                    "Pass another --out, or move it away."
+                )
+            self.records = content["records"]
+
+    def find(self, network: str, method: str, sparsity: float) -> dict[str, Any] | None:
+        """The result of a method at a sparsity, unless its options have changed since."""
+        options = json.loads(json.dumps(METHODS[method].options))
+        return next(
+            (
+                r
+                for r in self.records
+                if (r["network"], r["method"], r["sparsity"]) == (network, method, sparsity)
+                and r["options"] == options
+            ),
+            None,
+        )
+
+    def add(self, *records: dict[str, Any]) -> None:
+        """Takes in results and writes the file, whole or not at all."""
+        for new in records:
+            key = new["network"], new["method"], new["sparsity"]
+            self.records = [
+                r for r in self.records if (r["network"], r["method"], r["sparsity"]) != key
+            ]
+            self.records.append(new)
+        partial = self.path.with_suffix(".partial")
+        harness.write_json(
+            partial,
+            {
+                "command": "python -m benchmarks.methods",
+                "environment": harness.environment(),
+                "settings": self.settings,
+                "records": self.records,
+            },
+        )
+        partial.replace(self.path)
+
+
+def compare(
+    results: Results,
+    data: loop.Data,
+    classes: int,
+    budgets: Mapping[str, Budget],
+    methods: Sequence[str],
+    sparsities: Sequence[float],
+    seeds: int,
+    tickets: Path | None = None,
+    on_start: Callable[[str], None] = lambda what: None,
+    on_result: Callable[[dict[str, Any]], None] = lambda record: None,
+) -> None:
+    """Runs what is not done yet.
+
+    Args:
+        results: where results go, and what is done.
+        data: images and labels.
+        classes: number of labels.
+        budgets: one a network.
+        methods: names in `METHODS`.
+        sparsities: in increasing order. Dense training ignores them.
+        seeds: how many.
+        tickets: folder in which lottery tickets are kept to go on from.
+        on_start: told what is about to run.
+        on_result: told each result, old ones too.
+    """
+    for network, budget in budgets.items():
+        for method in methods:
+            if METHODS[method].recipe is None:
+                continue
+            for sparsity in [0.0] if method == "dense" else sparsities:
+                if not (found := results.find(network, method, sparsity)):
+                    on_start(f"{network} {method} {sparsity:g}")
+                    outcome, seconds, compile_seconds = train_method(
+                        method, sparsity, budget, classes, data, seeds
+                    )
+                    found = record(network, method, sparsity, outcome, data, classes, seconds) | {
+                        "compile_seconds": round(compile_seconds, 1)
+                    }
+                    results.add(found)
+                on_result(found)
+        if any(METHODS[method].recipe is None for method in methods):
+            _draw_tickets(
+                results, data, classes, budget, sparsities, seeds, tickets, on_start, on_result
+            )
+
+
+def _draw_tickets(
+    results: Results,
+    data: loop.Data,
+    classes: int,
+    budget: Budget,
+    sparsities: Sequence[float],
+    seeds: int,
+    folder: Path | None,
+    on_start: Callable[[str], None],
+    on_result: Callable[[dict[str, Any]], None],
+) -> None:
+    """Both lottery methods on one network, from the last sparsity that is done."""
+    network, names = budget.network, ("imp", "imp-reinit")
+    todo = list(sparsities)
+    while todo and all(results.find(network, name, todo[0]) for name in names):
+        for name in names:
+            on_result(results.find(network, name, todo[0]))
+        todo.pop(0)
+    if not todo:
+        return
+    done = [s for s in sparsities if s < todo[0]]
+    file = None if folder is None else folder / f"{network}.npz"
+    label = {"settings": results.settings, "sparsity": done[-1] if done else None}
+    tickets = None
+    if done and file is not None:
+        model = models.MODELS[network](classes)
+        params = jax.eval_shape(
+            lambda x: models.init(model, jax.random.key(0), x), data.train_images
+        )
+        loaded = _load_tickets(file, label, params, seeds)
+        tickets = {done[-1]: loaded} if loaded else None
+    chain = todo if tickets or not done else list(sparsities)
+    on_start(f"{network} imp {chain[0]:g}")
+    trainings = 1
+    for sparsity, now, found, seconds in lottery(
+        chain,
+        budget,
+        classes,
+        data,
+        seeds,
+        rewind=METHODS["imp"].options["rewind"],
+        tickets=tickets,
+    ):
+        trainings = _rounds_to(sparsities, sparsity)
+        new = [
+            record(
+                network,
+                name,
+                sparsity,
+                outcome,
+                data,
+                classes,
+                seconds,
+                trainings + (name != "imp"),
+            )
+            for name, outcome in found.items()
+        ]
+        if file is not None:
+            _save_tickets(file, {**label, "sparsity": sparsity}, now)
+        results.add(*new)
+        for one in new:
+            if sparsity in todo:
+                on_result(one)
+        on_start(f"{network} imp, after {sparsity:g}")
+
+
+def _rounds_to(sparsities: Sequence[float], sparsity: float) -> int:
+    """Trainings on the way to a ticket, the dense one included."""
+    chain = [0.0, *(s for s in sparsities if s <= sparsity)]
+    return 1 + sum(len(_fractions(a, b, dense_first=False)) for a, b in itertools.pairwise(chain))
+
+
+def _save_tickets(file: Path, label: Mapping[str, Any], tickets: Sequence[Any]) -> None:
+    arrays = {
+        f"{seed}/{i}": np.asarray(leaf)
+        for seed, ticket in enumerate(tickets)
+        for i, leaf in enumerate(jax.tree.leaves((ticket.masks, ticket.params)))
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial.npz")
+    np.savez(partial, label=json.dumps(label), **arrays)
+    partial.replace(file)
+
+
+def _load_tickets(
+    file: Path, label: Mapping[str, Any], params: PyTree, seeds: int
+) -> list[prunax.lottery.Ticket] | None:
+    """The tickets of a file, if it is that of the label."""
+    if not file.is_file():
+        return None
+    treedef = jax.tree.structure((params, params))
+    with np.load(file) as stored:
+        if json.loads(str(stored["label"])) != label:
+            return None
+        trees = [
+            treedef.unflatten(jnp.asarray(stored[f"{seed}/{i}"]) for i in range(treedef.num_leaves))
+            for seed in range(seeds)
+        ]
+    return [prunax.lottery.Ticket(0, label["sparsity"], masks, params) for masks, params in trees]
+
+
+def accuracy_table(records: Sequence[Mapping[str, Any]], network: str) -> harness.Table:
+    """Test accuracy of each method at each sparsity: mean and standard deviation over the seeds, in %."""
+    of_network = [r for r in records if r["network"] == network]
+    sparsities = sorted({r["sparsity"] for r in of_network if r["method"] != "dense"})
+    rows = []
+    for method in METHODS:
+        found = {r["sparsity"]: r for r in of_network if r["method"] == method}
+        if not found:
+            continue
+        if method == "dense":
+            cells = [_spread(found[0.0]["test_accuracy"])] + [""] * (len(sparsities) - 1)
+        else:
+            cells = [_cell(found.get(sparsity)) for sparsity in sparsities]
+        rows.append((method, *cells))
+    return harness.Table(
+        f"{NETWORKS[network]}: test accuracy, %",
+        ("method", *(f"{s:.0%}" for s in sparsities)),
+        rows,
+    )
+
+
+def _cell(record: Mapping[str, Any] | None) -> str:
+    if record is None:
+        return ""
+    text = _spread(record["test_accuracy"])
+    if record["method"] == "proximal-l1":
+        text += f" at {statistics.mean(record['realised_sparsity']):.1%}"
+    return text
+
+
+def _spread(values: Sequence[float], form: str = ".2f") -> str:
+    points = [100 * v for v in values]
+    mean = format(statistics.mean(points), form)
+    return f"{mean} ± {statistics.stdev(points):.2f}" if len(points) > 1 else mean
+
+
+def claims_table(records: Sequence[Mapping[str, Any]], network: str) -> harness.Table:
+    """What one expects of the methods, and what was found: differences seed by seed, in points."""
+    found = {
+        (r["method"], r["sparsity"]): r["test_accuracy"] for r in records if r["network"] == network
+    }
+    pairs = [
+        (("magnitude", 0.9), ("dense", 0.0), -0.2),
+        (("global", 0.95), ("dense", 0.0), -0.2),
+        (("erk", 0.98), ("dense", 0.0), -0.7),
+        (("global", 0.98), ("dense", 0.0), -0.7),
+        (("rigl", 0.98), ("set", 0.98), 0.0),
+        (("set", 0.98), ("static", 0.98), 0.0),
+        *((("imp", s), ("imp-reinit", s), 0.0) for s in (0.95, 0.98, 0.99)),
+        *((("proximal-l1", s), ("dense", 0.0), -1.0) for s in (0.8, 0.9)),
+    ]
+    rows = []
+    for one, other, least in pairs:
+        if one in found and other in found:
+            differences = [a - b for a, b in zip(found[one], found[other], strict=True)]
+            met = "yes" if 100 * statistics.mean(differences) >= least else "no"
+            name = f"{one[0]} at {one[1]:.0%} against {other[0]}"
+            rows.append((name, f"{least:+.1f}", _spread(differences, "+.2f"), met))
+    columns = "difference in points of test accuracy", "at least", "found", "met"
+    return harness.Table(f"{NETWORKS[network]}: expectations", columns, rows)
+
+
+def tables(content: Mapping[str, Any]) -> dict[str, harness.Table]:
+    """All tables of a results file, by the name that `render.py` knows them by."""
+    records = content["records"]
+    named = {}
+    for network in NETWORKS:
+        if any(r["network"] == network for r in records):
+            named[f"methods/{network}"] = accuracy_table(records, network)
+            claims = claims_table(records, network)
+            if claims.rows:
+                named[f"methods/{network}/claims"] = claims
+    return named
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line. Exits with code 2 and one line on a bad argument."""
+    parser = _parser()
+    args = parser.parse_args(sys.argv[1:] if arguments is None else list(arguments))
+    for name, value in (QUICK if args.quick else FULL).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    console = rich.console.Console()
+    begin = time.perf_counter()
+    dataset = _load(args.dataset, console)
+    if args.validation:
+        dataset = datasets.hold_out(dataset)
+    count = len(dataset.train_labels)
+    batch_size = 128 if count > 10_000 else 32
+    args.epochs = args.epochs or max(600_000 // count, 1) // (5 if args.quick else 1)
+    budgets = {
+        network: Budget(
+            network,
+            args.epochs,
+            loop.steps_per_epoch(count, batch_size),
+            batch_size,
+            LEARNING_RATES[network],
+        )
+        for network in args.network
+    }
+    settings = {
+        "dataset": dataset.name,
+        "images": {"train": count, "evaluated": len(dataset.test_labels)},
+        "validation": args.validation,
+        "epochs": args.epochs,
+        "batch_size": batch_size,
+        "learning_rates": LEARNING_RATES,
+        "seeds": list(range(args.seeds)),
+    }
+    stem = "methods-quick" if args.quick else "methods"
+    stem += "-validation" if args.validation else ""
+    try:
+        results = Results(args.out / f"{stem}.json", settings)
+    except ValueError as error:
+        parser.error(str(error))
+    sparsities = sorted(args.sparsities)
+    total = len(args.network) * sum(
+        1 if m == "dense" else len(sparsities) * (2 if METHODS[m].recipe is None else 1)
+        for m in dict.fromkeys("imp" if m == "imp-reinit" else m for m in args.methods)
+    )
+    with harness.progress(console) as progress:
+        task = progress.add_task("methods", total=total, note="")
+        compare(
+            results,
+            loop.Data(*map(jnp.asarray, dataset[1:5])),
+            dataset.num_classes,
+            budgets,
+            args.methods,
+            sparsities,
+            args.seeds,
+            harness.OUT / "tickets",
+            on_start=lambda what: progress.update(task, note=what),
+            on_result=lambda _: progress.update(task, advance=1),
+        )
+
+    content = json.loads(results.path.read_text())
+    texts = []
+    for table in tables(content).values():
+        console.print(table)
+        texts.append(f"## {table.title}\n\n{table.markdown()}\n")
+    kind = "held-out training" if args.validation else "test"
+    head = (
+        f"# Methods on {dataset.name}\n\nWritten by `{content['command']}`: mean ± standard deviation of "
+        f"{args.seeds} seeds on {len(dataset.test_labels)} {kind} images, {args.epochs} epochs.\n"
+    )
+    results.path.with_suffix(".md").write_text("\n".join([head, *texts]))
+    figures.save_methods(results.path.with_suffix(".png"), content, method_recipes.FAMILIES)
+    console.print(f"{time.perf_counter() - begin:.0f} s in all, compilation included.")
+    console.print(f"Figures: {results.path}, .md and .png", soft_wrap=True, highlight=False)
+
+
+def _load(name: str, console: rich.console.Console) -> datasets.Dataset:
+    try:
+        return datasets.load(name)
+    except datasets.DatasetError as error:
+        if name == "digits":
+            raise
+        console.print(f"[yellow]{error}\nGoing on with digits.")
+        return datasets.load("digits")
+
+
+def _parser() -> argparse.ArgumentParser:
+    methods = "\n".join(f"  {name:<17}{method.about}" for name, method in METHODS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.methods",
+        description=__doc__,
+        epilog=f"{EXAMPLES}\nmethods:\n{methods}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--quick", action="store_true", help="few methods and sparsities, short training")
+    add("--dataset", default="fashion_mnist", help="(fashion_mnist; digits where it is not there)")
+    add("--network", nargs="+", choices=NETWORKS, help="(all)")
+    add("--methods", nargs="+", choices=METHODS, metavar="NAME", help="(all)")
+    add("--sparsities", nargs="+", type=float, help=f"({' '.join(map(str, SPARSITIES))})")
+    add("--seeds", type=int, help="how many (3)")
+    add(
+        "--epochs",
+        type=int,
+        help="of each run (as many as see 600,000 images; a fifth of it with --quick)",
+    )
+    add("--validation", action="store_true", help="hold out training images and evaluate on them")
+    add("--out", type=Path, default=harness.OUT, help="folder of the results (benchmarks/out)")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
