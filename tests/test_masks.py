@@ -1,6 +1,7 @@
 """compute_masks, apply_masks, straight_through: values by hand, then properties, then the NumPy reference."""
 
 import functools
+import itertools
 import math
 
 import jax
@@ -43,7 +44,9 @@ def test_leaves_that_are_not_kernels_get_the_scalar_true():
     masks = prunax.compute_masks(params, 0.5)
     assert jax.tree.structure(masks) == jax.tree.structure(params)
     for mask in (masks["dense"]["bias"], masks["step"]):
-        assert mask.shape == () and mask.dtype == jnp.bool_ and bool(mask)
+        assert mask.shape == ()
+        assert mask.dtype == jnp.bool_
+        assert bool(mask)
 
 
 def test_ties_keep_the_lower_flat_index():
@@ -113,7 +116,8 @@ def test_scalar_score_leaves_a_leaf_whole():
     params = {"a": {"kernel": normal((4, 4))}, "b": {"kernel": normal((4, 4))}}
     scores = {"a": {"kernel": jnp.abs(params["a"]["kernel"])}, "b": {"kernel": jnp.zeros(())}}
     masks = prunax.compute_masks(params, 0.5, scores=scores)
-    assert masks["b"]["kernel"].shape == () and bool(masks["b"]["kernel"])
+    assert masks["b"]["kernel"].shape == ()
+    assert bool(masks["b"]["kernel"])
     assert int(masks["a"]["kernel"].sum()) == 8
 
 
@@ -158,7 +162,8 @@ def test_where_sees_paths_and_leaves():
     params = {"body": [{"w": normal((2, 2))}, {"w": normal((2, 2))}], "activation": jnp.tanh}
     masks = prunax.compute_masks({k: params[k] for k in ("body",)}, 0.5, where=where)
     assert seen == [("body/0/w", (2, 2)), ("body/1/w", (2, 2))]
-    assert masks["body"][0]["w"].shape == (2, 2) and masks["body"][1]["w"].shape == ()
+    assert masks["body"][0]["w"].shape == (2, 2)
+    assert masks["body"][1]["w"].shape == ()
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0), (1, 1), (0,), (1,), ()])
@@ -167,7 +172,8 @@ def test_where_sees_paths_and_leaves():
 def test_tiny_leaves(shape, sparsity, name):
     where = lambda path, leaf: True  # noqa: E731
     mask = mask_of(jnp.ones(shape), sparsity, where=where, allocation=ALLOCATIONS[name])
-    assert mask.shape == shape and mask.dtype == jnp.bool_
+    assert mask.shape == shape
+    assert mask.dtype == jnp.bool_
     n = math.prod(shape)
     # Erdos-Renyi keeps a leaf of one weight or one axis whole until its budget forces it.
     if name != "erdos_renyi" or sparsity in (0.0, 1.0):
@@ -210,8 +216,10 @@ def test_apply_masks_replaces_and_does_not_multiply():
     pruned = prunax.apply_masks(params, masks)
     assert pruned["kernel"].tolist() == [[0.0, 0.0, 0.0, 2.0]]
     assert not np.signbit(np.asarray(pruned["kernel"])).any()
-    assert pruned["count"].tolist() == [0, 0, 0] and pruned["count"].dtype == jnp.int32
-    assert pruned["flag"].tolist() == [True, False] and pruned["flag"].dtype == jnp.bool_
+    assert pruned["count"].tolist() == [0, 0, 0]
+    assert pruned["count"].dtype == jnp.int32
+    assert pruned["flag"].tolist() == [True, False]
+    assert pruned["flag"].dtype == jnp.bool_
     assert (pruned["name"], pruned["function"], pruned["nothing"]) == ("model", jnp.tanh, None)
 
 
@@ -283,7 +291,7 @@ def test_prunes_exactly_round_of_s_times_n(dtype, sparsity):
 def test_masks_are_nested_as_sparsity_grows(values):
     scores = jnp.array(values).reshape(3, 4)
     masks = [np.asarray(mask_of(scores, k / 12, scores={"kernel": scores})) for k in range(13)]
-    for k, (denser, sparser) in enumerate(zip(masks, masks[1:], strict=False)):
+    for k, (denser, sparser) in enumerate(itertools.pairwise(masks)):
         assert (~denser).sum() == k
         assert (denser | ~sparser).all()
 
@@ -441,7 +449,7 @@ NUMPY_DTYPES = [np.float32, ml_dtypes.bfloat16, np.float16]
 TREES = [
     {"a": (8, 3), "b": (4, 6)},
     {"a": (4, 1), "b": (2, 4, 5), "c": (12, 2)},
-    {"conv": (3, 2, 4, 3), "dense": (4, 4)},
+    {"conv": (3, 2, 4, 3), "stacked": (2, 4, 4)},
 ]
 ALL_PATTERNS = [
     patterns.Unstructured(),
@@ -458,6 +466,9 @@ ALL_PATTERNS = [
 ]
 
 
+SPARSITIES = [0.0, 0.05, 0.1, 1 / 3, 0.5, 0.55, 0.7, 0.8, 0.9, 0.99, 1.0]
+
+
 def draw_scores(rng, shape, kind):
     if kind == "ties":
         return rng.integers(-3, 4, shape)
@@ -466,51 +477,49 @@ def draw_scores(rng, shape, kind):
     return rng.standard_normal(shape)
 
 
-@settings(max_examples=300)
+@settings(max_examples=60)
 @given(
     shapes=st.sampled_from(TREES),
     dtype=st.sampled_from(NUMPY_DTYPES),
     pattern=st.sampled_from(ALL_PATTERNS),
     name=st.sampled_from(sorted(ALLOCATIONS)),
-    kind=st.sampled_from(["normal", "ties", "extreme"]),
     given_scores=st.booleans(),
-    sparsity=st.sampled_from([0.0, 0.05, 0.1, 1 / 3, 0.5, 0.55, 0.7, 0.8, 0.9, 0.99, 1.0]),
     seed=st.integers(0, 10**6),
 )
-def test_agrees_with_the_reference(
-    shapes, dtype, pattern, name, kind, given_scores, sparsity, seed
-):
+def test_agrees_with_the_reference(shapes, dtype, pattern, name, given_scores, seed):
     if pattern.compare_axis is not None and name in ("global_ranking", "lamp"):
         name = "uniform"
-    if kind == "extreme" and (
-        name == "lamp" or isinstance(pattern, patterns.Block | patterns.Channel)
-    ):
-        kind = "ties"
-    if isinstance(pattern, patterns.NM):
-        sparsity = min(sparsity, pattern.max_sparsity)
-    if pattern == patterns.ConstantFanIn(axis=(0, -2)) and any(
-        len(s) == 2 for s in shapes.values()
-    ):
-        pattern = patterns.ConstantFanIn(axis=(0, -1))
-    if name == "erdos_renyi" and not clear_of_halves(shapes, sparsity, pattern):
-        return
-
+    if pattern == patterns.ConstantFanIn(axis=(0, -2)) and "conv" not in shapes:
+        pattern = patterns.ConstantFanIn(axis=(0, 1))
+    kinds = ["normal", "ties", "extreme"]
+    if name == "lamp" or isinstance(pattern, patterns.Block | patterns.Channel):
+        kinds.remove("extreme")  # a sum of infinities is for other tests
+    if name == "lamp" and isinstance(pattern, patterns.Block | patterns.Channel):
+        kinds = ["normal"]  # means of thirds tie in float64, and not in float32
     rng = np.random.default_rng(seed)
-    values = {path: draw_scores(rng, shape, kind).astype(dtype) for path, shape in shapes.items()}
-    params = {path: {"kernel": jnp.asarray(v)} for path, v in values.items()}
-    scores = values if given_scores else {path: np.abs(v) for path, v in values.items()}
-    masks = prunax.compute_masks(
-        params,
-        sparsity,
-        scores={path: {"kernel": jnp.asarray(v)} for path, v in values.items()}
-        if given_scores
-        else None,
-        allocation=ALLOCATIONS[name],
-        pattern=pattern,
-    )
-    expected = reference.masks(list(scores.values()), sparsity, pattern=pattern, allocation=name)
-    for path, mask in zip(values, expected, strict=True):
-        np.testing.assert_array_equal(np.asarray(masks[path]["kernel"]), mask, err_msg=path)
+    # One compiled selection serves all of these.
+    for kind, sparsity in itertools.product(kinds, rng.choice(SPARSITIES, 3)):
+        if pattern.max_sparsity is not None:
+            sparsity = min(sparsity, pattern.max_sparsity)
+        if name == "erdos_renyi" and not clear_of_halves(shapes, sparsity, pattern):
+            continue
+        values = {
+            path: draw_scores(rng, shape, kind).astype(dtype) for path, shape in shapes.items()
+        }
+        params = {path: {"kernel": jnp.asarray(v)} for path, v in values.items()}
+        scores = list(values.values()) if given_scores else [np.abs(v) for v in values.values()]
+        masks = prunax.compute_masks(
+            params,
+            sparsity,
+            scores=params if given_scores else None,
+            allocation=ALLOCATIONS[name],
+            pattern=pattern,
+        )
+        expected = reference.masks(scores, sparsity, pattern=pattern, allocation=name)
+        for path, mask in zip(values, expected, strict=True):
+            np.testing.assert_array_equal(
+                np.asarray(masks[path]["kernel"]), mask, err_msg=f"{path} {kind} {sparsity}"
+            )
 
 
 def clear_of_halves(shapes, sparsity, pattern):
@@ -533,108 +542,111 @@ def params_of(**leaves):
 GOOD = params_of(a=jnp.ones((4, 4)), b=jnp.ones((4, 6)))
 BAD = {
     "percent": (
-        dict(sparsity=80),
+        {"sparsity": 80},
         ValueError,
         r"compute_masks: sparsity .*\[0, 1\], got 80. Pass 0.8 for 80%",
     ),
-    "negative": (dict(sparsity=-0.1), ValueError, r"sparsity must lie in \[0, 1\], got -0.1"),
-    "nan": (dict(sparsity=float("nan")), ValueError, r"sparsity must lie in \[0, 1\], got nan"),
-    "text": (dict(sparsity="0.5"), TypeError, r"sparsity must be a number in \[0, 1\], got '0.5'"),
-    "several": (dict(sparsity=jnp.array([0.1, 0.2])), TypeError, r"sparsity must be a number"),
-    "neither": (dict(), ValueError, r"pass a sparsity in \[0, 1\], or threshold="),
-    "both": (dict(sparsity=0.5, threshold=0.1), ValueError, r"both sparsity and threshold"),
+    "negative": ({"sparsity": -0.1}, ValueError, r"sparsity must lie in \[0, 1\], got -0.1"),
+    "nan": ({"sparsity": float("nan")}, ValueError, r"sparsity must lie in \[0, 1\], got nan"),
+    "text": ({"sparsity": "0.5"}, TypeError, r"sparsity must be a number in \[0, 1\], got '0.5'"),
+    "several": ({"sparsity": jnp.array([0.1, 0.2])}, TypeError, r"sparsity must be a number"),
+    "neither": ({}, ValueError, r"pass a sparsity in \[0, 1\], or threshold="),
+    "both": ({"sparsity": 0.5, "threshold": 0.1}, ValueError, r"both sparsity and threshold"),
     "negative threshold": (
-        dict(threshold=-1.0),
+        {"threshold": -1.0},
         ValueError,
         r"threshold must be a number of at least 0, got -1",
     ),
     "nan threshold": (
-        dict(threshold=float("nan")),
+        {"threshold": float("nan")},
         ValueError,
         r"threshold must be a number of at least 0",
     ),
     "threshold for each leaf": (
-        dict(threshold={"a": 1.0}),
+        {"threshold": {"a": 1.0}},
         TypeError,
         r"threshold must be one number",
     ),
     "threshold of 2:4": (
-        dict(threshold=0.1, pattern=patterns.NM(2, 4)),
+        {"threshold": 0.1, "pattern": patterns.NM(2, 4)},
         ValueError,
         r"NM.* takes no threshold",
     ),
     "nothing selected": (
-        dict(sparsity=0.5, where=lambda path, leaf: False),
+        {"sparsity": 0.5, "where": lambda path, leaf: False},
         ValueError,
         r"`where` selects no leaf. The leaves are: a/kernel, b/kernel. Pass where=",
     ),
     "3:8 on a length of 4": (
-        dict(pattern=patterns.NM(3, 8)),
+        {"pattern": patterns.NM(3, 8)},
         ValueError,
         r"NM\(.*\) does not fit 'a/kernel' of shape \(4, 4\): axis -2 .* 8 does not divide. Leave the leaf out",
     ),
     "axis of a convolution on a matrix": (
-        dict(sparsity=0.5, pattern=patterns.ConstantFanIn(axis=(-4, -3, -2))),
+        {"sparsity": 0.5, "pattern": patterns.ConstantFanIn(axis=(-4, -3, -2))},
         ValueError,
         r"does not fit 'a/kernel' of shape \(4, 4\): axis -4 does not exist",
     ),
     "an axis twice": (
-        dict(sparsity=0.5, pattern=patterns.ConstantFanIn(axis=(0, -2))),
+        {"sparsity": 0.5, "pattern": patterns.ConstantFanIn(axis=(0, -2))},
         ValueError,
         r"does not fit 'a/kernel' .* twice",
     ),
     "more than 2:4 prunes": (
-        dict(sparsity=0.75, pattern=patterns.NM(2, 4)),
+        {"sparsity": 0.75, "pattern": patterns.NM(2, 4)},
         ValueError,
         r"prunes at most 0.5 of 'a/kernel', got sparsity 0.75. Leave the sparsity out",
     ),
     "2:4 across leaves": (
-        dict(pattern=patterns.NM(2, 4), allocation=allocation.global_ranking),
+        {"pattern": patterns.NM(2, 4), "allocation": allocation.global_ranking},
         ValueError,
         r"nothing to rank across leaves. Use allocation.uniform",
     ),
     "pattern not called": (
-        dict(sparsity=0.5, pattern=patterns.Unstructured),
+        {"sparsity": 0.5, "pattern": patterns.Unstructured},
         TypeError,
         r"Call it: Unstructured",
     ),
     "scores of another tree": (
-        dict(sparsity=0.5, scores={"a": {"kernel": jnp.ones((4, 4))}}),
+        {"sparsity": 0.5, "scores": {"a": {"kernel": jnp.ones((4, 4))}}},
         ValueError,
         r"scores must have the tree structure of the params, but 'b/kernel' is missing",
     ),
     "a score too many": (
-        dict(sparsity=0.5, scores=params_of(a=jnp.ones((4, 4)), b=jnp.ones((4, 6)), c=jnp.ones(2))),
+        {
+            "sparsity": 0.5,
+            "scores": params_of(a=jnp.ones((4, 4)), b=jnp.ones((4, 6)), c=jnp.ones(2)),
+        },
         ValueError,
         r"'c/kernel' of the scores is not in the params",
     ),
     "scores of another shape": (
-        dict(sparsity=0.5, scores=params_of(a=jnp.ones((4, 4)), b=jnp.ones((6, 4)))),
+        {"sparsity": 0.5, "scores": params_of(a=jnp.ones((4, 4)), b=jnp.ones((6, 4)))},
         ValueError,
         r"scores of 'b/kernel' have shape \(6, 4\), the leaf has \(4, 6\). Score every weight",
     ),
     "integer scores": (
-        dict(sparsity=0.5, scores=params_of(a=jnp.ones((4, 4), jnp.int32), b=jnp.ones((4, 6)))),
+        {"sparsity": 0.5, "scores": params_of(a=jnp.ones((4, 4), jnp.int32), b=jnp.ones((4, 6)))},
         TypeError,
         r"scores of 'a/kernel' must be floating-point, got int32. Convert them",
     ),
     "a score function": (
-        dict(sparsity=0.5, scores=prunax.scores.magnitude),
+        {"sparsity": 0.5, "scores": prunax.scores.magnitude},
         TypeError,
         r"Call it: scores=score",
     ),
     "only scalar scores": (
-        dict(sparsity=0.5, scores=params_of(a=jnp.zeros(()), b=jnp.zeros(()))),
+        {"sparsity": 0.5, "scores": params_of(a=jnp.zeros(()), b=jnp.zeros(()))},
         ValueError,
         r"every selected leaf has a scalar score.*a/kernel, b/kernel",
     ),
     "nan scores": (
-        dict(sparsity=0.5, scores=params_of(a=jnp.ones((4, 4)), b=jnp.full((4, 6), jnp.nan))),
+        {"sparsity": 0.5, "scores": params_of(a=jnp.ones((4, 4)), b=jnp.full((4, 6), jnp.nan))},
         ValueError,
-        r"the scores of 'b/kernel' contain NaN.* nan_to_num",
+        r"the scores of 'b/kernel' contain NaN.*jnp.nan_to_num",
     ),
     "unknown path": (
-        dict(sparsity=0.5, allocation=allocation.by_path({"c/kernel": 0.5})),
+        {"sparsity": 0.5, "allocation": allocation.by_path({"c/kernel": 0.5})},
         ValueError,
         r"by_path: 'c/kernel' matches no prunable leaf. Prunable are: a/kernel, b/kernel. Correct the path",
     ),

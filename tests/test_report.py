@@ -1,0 +1,103 @@
+"""Summaries: counts by hand, JSON, the table."""
+
+import json
+
+import jax.numpy as jnp
+import pytest
+
+import prunax
+
+PARAMS = {"dense": {"kernel": jnp.ones((4, 5)), "bias": jnp.zeros(5)}, "temperature": jnp.ones(())}
+MASKS = prunax.compute_masks(PARAMS, 0.7)
+
+
+def test_counts():
+    summary = prunax.summarize(PARAMS, MASKS)
+    assert (summary.weights, summary.kept) == (20, 6)
+    assert (summary.parameters, summary.parameters_kept) == (26, 12)
+    assert summary.sparsity == 0.7
+    assert [(leaf.path, leaf.weights, leaf.kept, leaf.prunable) for leaf in summary.leaves] == [
+        ("dense/bias", 5, 5, False),
+        ("dense/kernel", 20, 6, True),
+        ("temperature", 1, 1, False),
+    ]
+
+
+def test_without_masks_zeros_of_kernels_count_as_pruned():
+    summary = prunax.summarize(prunax.apply_masks(PARAMS, MASKS))
+    assert (summary.weights, summary.kept, summary.parameters_kept) == (20, 6, 12)
+
+
+def test_scalar_masks():
+    summary = prunax.summarize(
+        PARAMS, {"dense": {"kernel": True, "bias": True}, "temperature": False}
+    )
+    assert (summary.weights, summary.kept, summary.sparsity) == (1, 0, 1.0)
+
+
+def test_dict_is_json():
+    content = prunax.summarize(PARAMS, MASKS).to_dict()
+    assert json.loads(json.dumps(content)) == content
+    assert content["leaves"][1] == {
+        "path": "dense/kernel",
+        "shape": [4, 5],
+        "dtype": "float32",
+        "weights": 20,
+        "kept": 6,
+        "prunable": True,
+        "sparsity": 0.7,
+    }
+    assert content["prunable"] == {"weights": 20, "kept": 6, "sparsity": 0.7}
+    assert content["total"]["weights"] == 26 and content["total"]["sparsity"] == pytest.approx(
+        14 / 26
+    )
+
+
+def test_table():
+    text = str(prunax.summarize(PARAMS, MASKS))
+    rows = {line.split()[1]: line for line in text.splitlines() if "│" in line}
+    assert "4 x 5" in rows["dense/kernel"] and "70.00%" in rows["dense/kernel"]
+    assert "70.00%" in rows["prunable"]
+    assert "53.85%" in rows["total"]
+    assert "%" not in rows["dense/bias"]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.int32])
+def test_dtypes_and_empty_leaves(dtype):
+    params = {"kernel": jnp.ones((3, 4), dtype), "empty": jnp.ones((0, 4), dtype)}
+    masks = {"kernel": jnp.eye(3, 4, dtype=jnp.bool_), "empty": jnp.ones((0, 4), jnp.bool_)}
+    summary = prunax.summarize(params, masks)
+    assert (summary.weights, summary.kept, summary.leaves[1].dtype) == (
+        12,
+        3,
+        jnp.dtype(dtype).name,
+    )
+    assert summary.leaves[0].sparsity == 0.0
+
+
+def test_nothing_to_count():
+    summary = prunax.summarize({"name": "x"})
+    assert (summary.weights, summary.sparsity, summary.leaves) == (0, 0.0, ())
+    assert str(summary)
+
+
+def test_packed_masks_are_named():
+    with pytest.raises(
+        ValueError, match=r"summarize: the mask of 'kernel' has shape \(1, 4\).*unpack_masks"
+    ):
+        prunax.summarize({"kernel": jnp.ones((3, 4))}, {"kernel": jnp.ones((1, 4), jnp.uint8)})
+
+
+def test_masks_of_another_tree_are_named():
+    with pytest.raises(
+        ValueError, match=r"summarize: the masks must have .*'dense/bias' is missing"
+    ):
+        prunax.summarize(PARAMS, {"dense": {"kernel": True}, "temperature": True})
+
+
+def test_packed_masks_of_the_shape_of_the_leaf_are_not_counted_as_bool():
+    # One row packs into one row of bytes: only the dtype tells.
+    with pytest.raises(
+        TypeError, match=r"summarize: the mask of 'kernel' must be bool, got uint8.*unpack_masks"
+    ):
+        prunax.summarize({"kernel": jnp.ones((1, 4))}, {"kernel": jnp.ones((1, 4), jnp.uint8)})

@@ -1,0 +1,105 @@
+"""Scores: formulas by hand, dtypes, and the scalar score of what cannot be pruned."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import prunax
+from prunax import scores
+
+PARAMS = {
+    "kernel": jnp.array([[2.0, -3.0, 0.0]]),
+    "bias": jnp.array([-1.0]),
+    "step": jnp.int32(7),
+    "name": "x",
+}
+GRADS = {
+    "kernel": jnp.array([[-0.5, 2.0, 4.0]]),
+    "bias": jnp.array([2.0]),
+    "step": jnp.int32(0),
+    "name": "x",
+}
+
+
+@pytest.mark.parametrize(
+    ("score", "kernel", "bias"),
+    [
+        (scores.magnitude, [[2.0, 3.0, 0.0]], [1.0]),
+        (scores.gradient, [[0.5, 2.0, 4.0]], [2.0]),
+        (scores.saliency, [[1.0, 6.0, 0.0]], [2.0]),
+        (scores.fisher, [[1.0, 36.0, 0.0]], [4.0]),
+    ],
+)
+def test_formulas(score, kernel, bias):
+    result = score(PARAMS, GRADS)
+    assert jax.tree.structure(result) == jax.tree.structure(PARAMS)
+    assert (result["kernel"].tolist(), result["bias"].tolist()) == (kernel, bias)
+    for leaf in (result["step"], result["name"]):
+        assert leaf.shape == () and leaf.dtype == jnp.float32 and float(leaf) == 0
+
+
+def test_fisher_of_a_second_moment():
+    moment = {"kernel": jnp.array([[1.0, 2.0, 3.0]])}
+    result = scores.fisher({"kernel": PARAMS["kernel"]}, second_moment=moment)
+    assert result["kernel"].tolist() == [[4.0, 18.0, 0.0]]
+
+
+@pytest.mark.parametrize("params_dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("grads_dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    "score", [scores.magnitude, scores.gradient, scores.saliency, scores.fisher]
+)
+def test_mixed_dtypes(score, params_dtype, grads_dtype):
+    params = {"kernel": PARAMS["kernel"].astype(params_dtype)}
+    grads = {"kernel": GRADS["kernel"].astype(grads_dtype)}
+    result = score(params, grads)["kernel"]
+    expected = score({"kernel": PARAMS["kernel"]}, {"kernel": GRADS["kernel"]})["kernel"]
+    assert result.astype(jnp.float32).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("score", [scores.saliency, scores.fisher])
+def test_half_precision_products_do_not_underflow_to_ties(score):
+    params = {"kernel": jnp.array([[1e-4, 2e-4, 3e-4, 4e-4]], jnp.float16)}
+    grads = {"kernel": jnp.full((1, 4), 1e-4, jnp.float16)}
+    values = score(params, grads)["kernel"][0].tolist()
+    assert values == sorted(set(values)) and values[0] > 0
+
+
+def test_random_is_uniform_repeatable_and_of_each_leaf_its_own():
+    params = {"a": jnp.zeros((50, 40)), "b": jnp.zeros((50, 40), jnp.bfloat16), "n": jnp.arange(3)}
+    one, same = (scores.random(params, key=jax.random.key(1)) for _ in range(2))
+    other = scores.random(params, key=jax.random.key(2))
+    assert jnp.array_equal(one["a"], same["a"]) and not jnp.array_equal(one["a"], other["a"])
+    assert not jnp.array_equal(one["a"], one["b"])
+    assert one["a"].min() >= 0 and one["a"].max() < 1 and abs(float(one["a"].mean()) - 0.5) < 0.03
+    assert one["b"].dtype == jnp.float32 and one["n"].shape == ()
+
+
+def test_scores_go_into_compute_masks():
+    params, grads = ({"kernel": tree["kernel"], "bias": tree["bias"]} for tree in (PARAMS, GRADS))
+    masks = prunax.compute_masks(params, 2 / 3, scores=scores.gradient(params, grads))
+    assert masks["kernel"].tolist() == [[False, False, True]]
+
+
+@pytest.mark.parametrize("name", ["gradient", "saliency", "fisher"])
+def test_missing_gradients(name):
+    with pytest.raises(ValueError, match=rf"scores.{name}: needs gradients, got None"):
+        getattr(scores, name)(PARAMS, None)
+
+
+@pytest.mark.parametrize("name", ["gradient", "saliency", "fisher"])
+def test_gradients_that_do_not_fit(name):
+    score, params = getattr(scores, name), {"a": {"kernel": jnp.ones((2, 3))}}
+    with pytest.raises(ValueError, match=rf"scores.{name}: .*'a/kernel' is missing"):
+        score(params, {"a": {}})
+    with pytest.raises(
+        ValueError, match=rf"scores.{name}: the gradient of 'a/kernel' has shape \(3,\).*\(2, 3\)"
+    ):
+        score(params, {"a": {"kernel": jnp.ones(3)}})
+
+
+def test_nan_stays_nan_for_others_to_refuse():
+    assert np.isnan(
+        scores.saliency({"k": jnp.ones((1, 1))}, {"k": jnp.full((1, 1), jnp.nan)})["k"]
+    ).all()
