@@ -4,6 +4,7 @@ Layer inputs come from interpreting the function's jaxpr: no hooks, no model cha
 """
 
 from prunax.calibration import layouts, solver, stages
+from prunax.calibration.outliers import outlier_allocation
 from prunax.calibration.pruning import Pruned, admm, reconstruct, sparsegpt, wanda
 from prunax.calibration.statistics import input_statistics
 
@@ -12,6 +13,7 @@ __all__ = [
     "admm",
     "input_statistics",
     "layouts",
+    "outlier_allocation",
     "reconstruct",
     "solver",
     "sparsegpt",
