@@ -3,7 +3,7 @@
 Layer inputs come from interpreting the function's jaxpr: no hooks, no model changes.
 """
 
-from prunax.calibration import layouts, solver, stages
+from prunax.calibration import layouts, solver
 from prunax.calibration.outliers import outlier_allocation
 from prunax.calibration.pruning import Pruned, admm, reconstruct, sparsegpt, wanda
 from prunax.calibration.statistics import input_statistics
@@ -17,6 +17,5 @@ __all__ = [
     "reconstruct",
     "solver",
     "sparsegpt",
-    "stages",
     "wanda",
 ]

@@ -19,7 +19,7 @@ import numpy as np
 from prunax import jaxprs, trees
 from prunax.calibration import layouts
 
-__all__ = ["Problem", "Task", "gram", "squares", "walk"]
+__all__ = ["Problem", "Task"]
 
 PyTree = Any
 Statistic = Callable[[jax.Array], jax.Array]

@@ -109,10 +109,16 @@ def _join(kind: str, tasks: list[stages.Task], shape: tuple[int, ...]) -> Any:
 def _norms(tasks: list[stages.Task], shape: tuple[int, ...]) -> jax.Array:
     norms = jnp.zeros(shape, tasks[0].statistic.dtype)
     of_outputs = set(range(len(shape)))
+    shared = len({id(task.statistic) for task in tasks}) == 1
     for problem, _, total in tasks:
         norms = problem.write(norms, _widen(total, problem.shape))
         coordinates = np.unravel_index(problem.places(shape)[:, :, 0].reshape(-1), shape)
-        of_outputs &= {a for a, c in enumerate(coordinates) if (c == 0).all()}
+        of_outputs &= {
+            # Parts side by side (a fused projection) say the same of their outputs only if they share their inputs.
+            a
+            for a, c in enumerate(coordinates)
+            if (c == (c[0] if shared else 0)).all()
+        }
     return norms[tuple(slice(0, 1 if a in of_outputs else None) for a in range(len(shape)))]
 
 
