@@ -5,6 +5,7 @@ score tree has the structure of the params. Leaves that are not floating-point a
 pruned. A new score is a new function with that signature.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -220,6 +221,12 @@ class ema:
             return jnp.where(jnp.isfinite(new), mixed, old)
 
         return jax.tree.map(mix, average, self.score(params, grads))
+
+
+def needs_key(score: Callable[..., PyTree]) -> bool:
+    """Say whether a score has a `key` argument that nothing is bound to."""
+    parameter = inspect.signature(score).parameters.get("key")
+    return parameter is not None and parameter.default is inspect.Parameter.empty
 
 
 def _score(

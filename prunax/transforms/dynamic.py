@@ -1,6 +1,5 @@
 """Dynamic sparse training: drop the weakest connections, grow as many new ones, keep the number constant."""
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -126,7 +125,11 @@ def dynamic_sparse(
             )
 
         def score(function: Callable[..., PyTree], noun: str) -> list[jax.Array]:
-            fresh = {"key": jax.random.fold_in(key, count)} if _needs_key(function) else {}
+            fresh = (
+                {"key": jax.random.fold_in(key, count)}
+                if score_functions.needs_key(function)
+                else {}
+            )
             scores = chosen.take("dynamic_sparse", noun, function(chosen.params, grads, **fresh))
             return [
                 jnp.broadcast_to(s, a.shape) for s, a in zip(scores, chosen.leaves, strict=True)
@@ -250,8 +253,3 @@ def static_sparse(
     """
     options = {"allocation": allocations.erdos_renyi} | options
     return prune(inner, sparsity, score=score_functions.random, key=key, **options)
-
-
-def _needs_key(score: Callable[..., PyTree]) -> bool:
-    parameter = inspect.signature(score).parameters.get("key")
-    return parameter is not None and parameter.default is inspect.Parameter.empty

@@ -79,6 +79,8 @@ def prune(
         raise ValueError(
             "prune: a score under scores.ema takes no key. Bind it: ema(functools.partial(score, key=key), decay)."
         )
+    if key is None and score_functions.needs_key(score):
+        raise ValueError(f"prune: {score!r} needs a random key. Pass key=jax.random.key(0).")
     if key is not None:
         score = functools.partial(score, key=key)
 
@@ -93,6 +95,13 @@ def prune(
         scores = chosen.take("prune", "scores", tree)
         # A scalar score under a leaf with axes means that the leaf is never pruned.
         scored = [n for n, a in enumerate(chosen.leaves) if jnp.ndim(scores[n]) or not a.ndim]
+        for n in scored:
+            if jnp.shape(scores[n]) != chosen.leaves[n].shape:
+                path, shape = chosen.shapes[n]
+                raise ValueError(
+                    f"prune: the scores of {path!r} have shape {jnp.shape(scores[n])}, the leaf has {shape}. "
+                    f"Score every weight, or give the leaf a scalar score to leave it whole."
+                )
         plan = plan_at(schedule, count, chosen.only(scored).shapes, allocation, pattern)
         ranked = mask_functions.select_masks(
             [scores[n] for n in scored], plan.budgets, pattern=pattern, structure=plan.structure
