@@ -141,6 +141,7 @@ def summarize(params: PyTree, masks: PyTree | None = None) -> Summary:
 
     Raises:
         ValueError: If the structures or shapes differ, naming the leaf.
+        TypeError: If a mask is not boolean, naming the leaf.
 
     Examples:
         >>> import jax.numpy as jnp, prunax
@@ -160,6 +161,12 @@ def summarize(params: PyTree, masks: PyTree | None = None) -> Summary:
         if not trees.is_array(leaf):
             continue
         size = int(np.prod(leaf.shape, dtype=np.int64))
+        dtype = np.dtype(bool) if mask is None else getattr(mask, "dtype", np.dtype(type(mask)))
+        if dtype != np.bool_:
+            raise TypeError(
+                f"summarize: the mask of {name!r} must be bool, got {dtype}. "
+                f"Unpack packed masks with prunax.transforms.unpack_masks."
+            )
         if mask is None:
             prunable = trees.is_kernel(name, leaf)
             kept = _count(leaf) if prunable else size
@@ -171,7 +178,7 @@ def summarize(params: PyTree, masks: PyTree | None = None) -> Summary:
         else:
             raise ValueError(
                 f"summarize: the mask of {name!r} has shape {np.shape(mask)}, the leaf has {leaf.shape}. "
-                f"Unpack packed masks with prunax.transforms.unpack_masks."
+                f"A mask has its leaf's shape or is the scalar True."
             )
         rows.append(LeafSummary(name, tuple(leaf.shape), str(leaf.dtype), size, kept, prunable))
     return Summary(tuple(rows))

@@ -81,11 +81,12 @@ def test_nothing_to_count():
     assert str(summary)
 
 
-def test_packed_masks_are_named():
+def test_masks_of_another_shape_are_named():
     with pytest.raises(
-        ValueError, match=r"summarize: the mask of 'kernel' has shape \(1, 4\).*unpack_masks"
+        ValueError,
+        match=r"summarize: the mask of 'kernel' has shape \(1, 4\), the leaf has \(3, 4\)",
     ):
-        prunax.summarize({"kernel": jnp.ones((3, 4))}, {"kernel": jnp.ones((1, 4), jnp.uint8)})
+        prunax.summarize({"kernel": jnp.ones((3, 4))}, {"kernel": jnp.ones((1, 4), jnp.bool_)})
 
 
 def test_masks_of_another_tree_are_named():

@@ -82,7 +82,7 @@ def test_every_kind_of_pytree(kind):
         pruned = function(params, masks)
         assert jax.tree.structure(pruned) == jax.tree.structure(params)
         for leaf, old in zip(jax.tree.leaves(pruned), jax.tree.leaves(params), strict=True):
-            if jnp.shape(old) == (3, 4) and jnp.issubdtype(old.dtype, jnp.floating):
+            if np.shape(old) == (3, 4) and jnp.issubdtype(old.dtype, jnp.floating):
                 assert leaf.tolist() == [[0.0] * 4, [0.0] * 4, [0.0, 10.0, 11.0, 12.0]]
             else:
                 assert leaf is old or jnp.array_equal(leaf, old)

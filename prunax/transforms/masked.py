@@ -70,6 +70,11 @@ def train_masked(
     average: score_functions.ema | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Wrap an optimizer so that it trains under masks that `next_masks` renews at `is_update_step`."""
+    if not (hasattr(inner, "init") and hasattr(inner, "update")):
+        raise TypeError(
+            f"prune: inner must be an optax transformation, got {inner!r}. "
+            f"The optimizer comes first: prune(optax.adam(1e-3), 0.9)."
+        )
     inner = optax.with_extra_args_support(inner)
 
     def pack(mask: jax.Array) -> jax.Array:
@@ -97,8 +102,8 @@ def train_masked(
     ) -> tuple[PyTree, PruneState]:
         if params is None:
             raise ValueError(
-                "prune: needs the current parameters to zero the pruned ones. "
-                "Call tx.update(grads, state, params)."
+                "prune: You are using a transformation that requires the current value of parameters, but you are "
+                "not passing `params` when calling `update`. Call tx.update(grads, state, params)."
             )
         chosen = trees.select(params, where)
         leaves = chosen.leaves
