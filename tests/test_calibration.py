@@ -712,3 +712,19 @@ def test_sparsegpt_beats_magnitude_on_a_cnn(digits):
         return float(jnp.square(fn(pruned, images[512:]) - fn(params, images[512:])).sum())
 
     assert change(best.params) < change(obs.params) < 0.5 * change(magnitude)
+
+
+@pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+def test_sharded_batches_give_the_same(kind):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
+    put = jax.sharding.NamedSharding
+    spec = jax.sharding.PartitionSpec
+    batches = [jax.device_put(x, put(mesh, spec("data"))) for x in BATCHES]
+    params = jax.device_put(mlp_params(), put(mesh, spec()))
+    with jax.set_mesh(mesh):
+        pruned = calibration.sparsegpt(mlp, params, batches, 0.5)
+    alone = calibration.sparsegpt(mlp, mlp_params(), BATCHES, 0.5)
+    jax.tree.map(np.testing.assert_array_equal, pruned.masks, alone.masks)
+    np.testing.assert_allclose(
+        pruned.params["b"]["kernel"], alone.params["b"]["kernel"], rtol=1e-3, atol=1e-4
+    )

@@ -330,10 +330,22 @@ def _advance(
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     outputs = segment(inputs, picks)
     kept = outputs[len(reads) :]
-    news = [
-        statistic(_precise(layout.inputs(x))) for layout, x in zip(reads, outputs, strict=False)
-    ]
+    news = [_measure(statistic, layout, x) for layout, x in zip(reads, outputs, strict=False)]
     return kept, [total + new for total, new in zip(sums, news, strict=True)]
+
+
+def _measure(statistic: Statistic, layout: layouts.Layout, x: jax.Array) -> jax.Array:
+    def measure(x: jax.Array) -> jax.Array:
+        return statistic(_precise(layout.inputs(x)))
+
+    mesh: Any = jax.typeof(x).sharding.mesh
+    if not any(kind == jax.sharding.AxisType.Explicit for kind in mesh.axis_types):
+        return measure(x)
+    # Rows are flattened and summed over whatever axes they are sharded on. On a mesh with explicit axes one must leave
+    # that to the compiler in so many words; each device gets the sum.
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    everywhere: Any = jax.sharding.auto_axes(measure, out_sharding=whole)
+    return everywhere(x)
 
 
 def _precise(x: jax.Array) -> jax.Array:
