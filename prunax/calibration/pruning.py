@@ -11,7 +11,7 @@ import numpy as np
 from prunax import allocation as allocations
 from prunax import masks as mask_trees
 from prunax import patterns, schedules, selection, trees
-from prunax.calibration import solver, stages
+from prunax.calibration import plans, solver, stages
 
 __all__ = ["Pruned", "admm", "reconstruct", "sparsegpt", "wanda"]
 
@@ -85,7 +85,7 @@ def wanda(
     """
     planner = _Planner("wanda", params, sparsity, pattern, allocation, where)
 
-    def solve(problem: stages.Problem, weights: jax.Array, total: jax.Array) -> Solved:
+    def solve(problem: plans.Problem, weights: jax.Array, total: jax.Array) -> Solved:
         return _wanda(
             weights, total, planner.budget(problem), pattern=planner.matrix_pattern(problem)
         )
@@ -217,7 +217,7 @@ def admm(
     _check_solvable("admm", pattern)
     planner = _Planner("admm", params, sparsity, pattern, allocation, where)
 
-    def solve(problem: stages.Problem, weights: jax.Array, total: jax.Array) -> Solved:
+    def solve(problem: plans.Problem, weights: jax.Array, total: jax.Array) -> Solved:
         own = planner.matrix_pattern(problem)
         k = planner.budget(problem)
         each = solver.budgets(own, k, problem.shape, problem.shape[1])[:, 0]
@@ -283,7 +283,7 @@ def reconstruct(
 
     kept = trees.select(params, where).take("reconstruct", "masks", masks)
 
-    def solve(problem: stages.Problem, weights: jax.Array, total: jax.Array) -> jax.Array:
+    def solve(problem: plans.Problem, weights: jax.Array, total: jax.Array) -> jax.Array:
         mask = problem.read(jnp.asarray(kept[problem.leaf]))
         return _refit(weights, mask, total, damping, iterations=iterations)
 
@@ -358,7 +358,7 @@ class _Planner:
         self.masks[leaf] = task.problem.write(self.masks[leaf], mask)
         return weights
 
-    def budget(self, problem: stages.Problem) -> int:
+    def budget(self, problem: plans.Problem) -> int:
         """What the problem loses: all its matrices together, or each slice where the pattern compares along an axis."""
         sparsity = self.sparsities[problem.leaf]
         own = self.matrix_pattern(problem)
@@ -374,7 +374,7 @@ class _Planner:
         total = selection.num_pruned(sparsity, whole)
         return solver.share(total, before + size, whole) - solver.share(total, before, whole)
 
-    def matrix_pattern(self, problem: stages.Problem) -> patterns.Pattern:
+    def matrix_pattern(self, problem: plans.Problem) -> patterns.Pattern:
         """The pattern on ``(matrices, in, out)``, or an error that names the leaf."""
         pattern = self.pattern
         if isinstance(pattern, patterns.NM | patterns.ConstantFanIn) and pattern.axis != -2:
@@ -390,7 +390,7 @@ class _Planner:
             )
         return patterns.NM(pattern.n, pattern.m)
 
-    def _check_axis(self, problem: stages.Problem, axis: int | tuple[int, ...]) -> None:
+    def _check_axis(self, problem: plans.Problem, axis: int | tuple[int, ...]) -> None:
         shape = self.chosen.leaves[problem.leaf].shape
         places = problem.places(shape)[0, :, 0]
         if isinstance(self.pattern, patterns.NM):  # groups are runs of the last input axis
@@ -451,7 +451,7 @@ def _check_positive(function: str, name: str, value: int) -> None:
 
 
 def _each(
-    solve: Callable[[stages.Problem, jax.Array, jax.Array], Any],
+    solve: Callable[[plans.Problem, jax.Array, jax.Array], Any],
 ) -> Callable[[list[stages.Task]], list[Any]]:
     """Solve the tasks of a stage one by one."""
     return lambda tasks: [solve(*task) for task in tasks]
