@@ -115,21 +115,29 @@ def keep_of_axes(kept: Iterable[tuple[Axis, np.ndarray | None]]) -> dict[Axis, n
 
 
 def _bind_as_is(eqn: JaxprEqn, args: Sequence[Any]) -> Sequence[Any]:
-    """Evaluate an equation whatever it is: as a program of one equation."""
-    variables = [var for var in eqn.invars if not isinstance(var, Literal)]
-    unique = list(dict.fromkeys(variables))
-    values = {
-        var: x for var, x in zip(eqn.invars, args, strict=True) if not isinstance(var, Literal)
-    }
-    return jaxpr_as_fun(_program(eqn, unique))(*(values[var] for var in unique))
-
-
-def _program(eqn: JaxprEqn, invars: Sequence[Any]) -> ClosedJaxpr:
-    # A result that is not used has no name in its program: give it one.
-    new = gensym()
+    """Evaluate an equation at full size, whatever it is."""
+    programs = [p for p in jax.tree.leaves(list(eqn.params.values())) if _is_program(p)]
+    if not programs:
+        out = eqn.primitive.bind(*args, **eqn.params)
+        return out if eqn.primitive.multiple_results else [out]
+    # What has programs inside is bound by JAX itself, as the one equation of a program.
+    given = list(zip(eqn.invars, args, strict=True))
+    values = {var: x for var, x in given if not isinstance(var, Literal)}
+    new = gensym()  # a result that is not used has no name: give it one
     outvars = [new(var.aval) for var in eqn.outvars]
-    eqn = eqn.replace(outvars=outvars)
-    return ClosedJaxpr(Jaxpr((), list(invars), outvars, [eqn], eqn.effects), ())
+    template = getattr(programs[0], "jaxpr", programs[0])
+    program = template.replace(
+        constvars=[],
+        invars=list(values),
+        outvars=outvars,
+        eqns=[eqn.replace(outvars=outvars)],
+        effects=eqn.effects,
+    )
+    return jaxpr_as_fun(ClosedJaxpr(program, ()))(*values.values())
+
+
+def _is_program(param: Any) -> bool:
+    return isinstance(param, ClosedJaxpr | Jaxpr)
 
 
 # Inner programs.

@@ -120,7 +120,8 @@ def _unsure(step: Step, out: Sequence[Axis], zero: list[Zero]) -> Zero:
 
 
 def _count(value: Sequence[Axis]) -> Counter[Axis]:
-    return Counter(atom for axis in value for atom in axes.atoms(axis))
+    """On how many axes each atom lies; parts of one concatenation are zero together."""
+    return Counter(atom for axis in value for atom in set(axes.atoms(axis)))
 
 
 def _result(eqn: JaxprEqn, name: str, zero: list[Zero], present: list[Zero]) -> Zero:
@@ -140,8 +141,9 @@ def _result(eqn: JaxprEqn, name: str, zero: list[Zero], present: list[Zero]) -> 
         return zero[0] - zero[1]
     if name == "clamp":
         low, _, high = eqn.invars
-        known = isinstance(low, Literal) and isinstance(high, Literal)
-        return zero[1] if known and low.val <= 0 <= high.val else none
+        if not isinstance(low, Literal) or not isinstance(high, Literal):
+            return none
+        return zero[1] if low.val <= 0 <= high.val else none
     if name in ADDS:
         if name == "select_n":
             zero, present = zero[1:], present[1:]
