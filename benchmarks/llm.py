@@ -205,18 +205,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 results.append(result)
                 note = f"{method} {target.name}: {result.perplexity['documentation']:.2f}"
                 bar.update(total, advance=1, note=note)
+                if not console.is_terminal:
+                    console.print(note)
+                # After each, so that a run that is broken off has not run for nothing.
+                harness.write_json(args.out / "llm.json", content(args, texts, dense, results))
     for table in tables(dense, results, texts):
         Console().print(table)
-    content = {
+    plot(dense, results, args.out / "llm.png")
+    return 0
+
+
+def content(
+    args: argparse.Namespace,
+    texts: dict[str, Any],
+    dense: dict[str, float],
+    results: Sequence[Result],
+) -> dict[str, Any]:
+    """Every figure, with the settings and the machine behind it."""
+    return {
         "environment": harness.environment(),
         "calibration": {"windows": args.calibrate, "length": args.length, "batch": args.batch},
         "evaluation": {name: list(own.shape) for name, own in texts.items()},
         "dense": dense,
         "results": [result._asdict() for result in results],
     }
-    harness.write_json(args.out / "llm.json", content)
-    plot(dense, results, args.out / "llm.png")
-    return 0
 
 
 def tables(dense: dict[str, float], results: Sequence[Result], texts: Any) -> list[harness.Table]:
