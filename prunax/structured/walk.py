@@ -96,6 +96,8 @@ class Walk:
         roles: For each ``(leaf, axis)`` of the parameters what it does where it meets data: "produces", "consumes".
         eqn: The equation being read.
         inner: Jaxprs walked on its account.
+        callers: The equations that call the jaxpr being read, outermost first: a library's function that was traced
+            before doesn't know the line that calls it this time.
     """
 
     def __init__(self, rules: dict[str, Rule]) -> None:
@@ -103,11 +105,13 @@ class Walk:
         self.roles: dict[tuple[int, int], set[str]] = {}
         self.eqn: JaxprEqn | None = None
         self.inner: list[Trace] = []
+        self.callers: list[JaxprEqn] = []
 
     def reason(self, why: str) -> Frozen:
         """The equation being read as the reason to freeze something."""
         assert self.eqn is not None
-        return Frozen(why, self.eqn.primitive.name, source_line(self.eqn))
+        lines = (source_line(eqn) for eqn in (self.eqn, *reversed(self.callers)))
+        return Frozen(why, self.eqn.primitive.name, next(filter(None, lines), ""))
 
     def unify(self, a: View, b: View) -> View:
         """Make two axes one."""
@@ -134,8 +138,10 @@ class Walk:
     def call(self, jaxpr: ClosedJaxpr, ins: Sequence[Value]) -> Trace:
         """Walk an inner jaxpr, with the inputs' axes for its own."""
         outer = self.eqn, self.inner
-        self.inner = []
+        assert self.eqn is not None
+        self.callers.append(self.eqn)
         trace = walk(self, jaxpr, ins)
+        self.callers.pop()
         self.eqn, self.inner = outer
         self.inner.append(trace)
         return trace
@@ -148,7 +154,8 @@ def source_line(eqn: JaxprEqn) -> str:
         if not any(folder in frame.file_name for folder in _NOT_THE_USERS):
             line = getattr(frame, "start_line", None) or frame.line_num
             return f"{'/'.join(Path(frame.file_name).parts[-2:])}:{line}"
-    return summarize(eqn.source_info)
+    known = summarize(eqn.source_info) if traceback else ""
+    return "" if known.startswith("<unknown>") else known
 
 
 def walk(state: Walk, jaxpr: ClosedJaxpr, ins: Sequence[Value]) -> Trace:

@@ -174,8 +174,9 @@ def _check(step: Step, zero: list[Zero], present: list[Zero], live: Zero, found:
     where = eqn.params["axes"] if "axes" in eqn.params else eqn.params["dimensions"]
     gone = _atoms([step.ins[0][i] for i in where], live)
     source = source_line(eqn)
+    crossing = f"`{name}`{f' at {source}' if source else ''}"
     for atom in gone:
-        found.crosses.setdefault(atom, {})[f"`{name}` at {source}"] = None
+        found.crosses.setdefault(atom, {})[crossing] = None
     found.remains.update(gone if name != "reduce_sum" else gone - zero[0])
 
 
