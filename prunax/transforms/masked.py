@@ -135,7 +135,11 @@ def train_masked(
             grown = [m & ~b for m, b in zip(masks, before, strict=True)]
             none = jax.tree.map(lambda _: jnp.zeros((), jnp.bool_), params)
             inner_state = optax.tree.map_params(
-                inner, _forget, inner_state, chosen.put(grown, none)
+                inner,
+                _forget,
+                inner_state,
+                chosen.put(grown, none),
+                is_leaf=lambda node: isinstance(node, optax.MaskedNode),
             )
             grads = chosen.take("prune", "updates", updates)
             active = [m & b for m, b in zip(masks, before, strict=True)]
