@@ -273,6 +273,27 @@ def _rms_norm(x, scale):
     return x * lax.rsqrt(var + 1e-6) * jnp.expand_dims(scale, range(x.ndim - 1))
 
 
+def patches() -> Network:
+    """A 3x3 convolution as one matrix product over shifted images."""
+    params = _params(stem=(3, 6), kernel=(3, 3, 6, 8), head=(8, 2))
+
+    def fn(p, x):
+        x = jax.nn.relu(x @ p["stem"])
+        shifted = [x[:, i : i + 4, j : j + 4] for i in range(3) for j in range(3)]
+        x = jnp.concatenate(shifted, axis=-1) @ p["kernel"].reshape(54, 8)
+        return jax.nn.relu(x).mean((1, 2)) @ p["head"]
+
+    return Network(
+        fn,
+        params,
+        (normal(9, 2, 6, 6, 3),),
+        """
+        6: stem:1 kernel:2
+        8: kernel:3 head:0
+        """,
+    )
+
+
 def mixer() -> Network:
     params = _params(
         embed=(6, 8), n1=(8,), t1=(9, 5), t2=(5, 9), n2=(8,), c1=(8, 12), c2=(12, 8), head=(8, 3)
@@ -549,6 +570,7 @@ NETWORKS = {
         densenet,
         depthwise_separable,
         unet,
+        patches,
         mixer,
         vit,
         gpt,

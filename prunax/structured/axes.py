@@ -234,23 +234,35 @@ def _factors(axis: Axis) -> list[Axis]:
 
 
 def _concatenation_to_product(axis: Axis, sizes: Sequence[int]) -> None:
-    """Read heads side by side, some for queries, some for keys, as all heads times head size."""
-    minor = math.prod(sizes[1:])
-    if any(part.size % minor for part in axis.parts):
+    """Read parts side by side as a product.
+
+    Heads for queries and heads for keys are all heads times head size; nine shifted images for a convolution written as
+    a matrix product are a 3x3 window times channels.
+    """
+    if all(part.size == 1 for part in axis.parts):
+        why = Frozen("the program writes out its units one by one")
+        axis.become("product", [Axis(size, why) for size in sizes])
+        return
+    minors = [math.prod(sizes[k:]) for k in range(len(sizes))]
+    fits = (
+        k for k in range(1, len(sizes)) if not any(part.size % minors[k] for part in axis.parts)
+    )
+    k = next(fits, None)
+    if k is None:
         raise Incompatible
     heads, tails = [], []
     for part in axis.parts:
-        head, *tail = factor(part, [part.size // minor, *sizes[1:]])
+        head, *tail = factor(part, [part.size // minors[k], *sizes[k:]])
         heads.append(head)
         tails.append(tail)
 
-    def why() -> Frozen:
+    def why_not() -> Frozen:
         return Frozen("parts of one axis are taken apart in different ways", "reshape")
 
     for tail in tails[1:]:
         for a, b in zip(tails[0], tail, strict=True):
-            unify(a, b, why)
-    axis.become("product", [concatenation(heads), *tails[0]])
+            unify(a, b, why_not)
+    axis.become("product", [*factor(concatenation(heads), sizes[:k]), *tails[0]])
 
 
 def cut(axis: Axis, start: int, stop: int) -> Axis:

@@ -14,7 +14,7 @@ from prunax.structured.axes import Axis, Incompatible
 from prunax.structured.rules import CALLS, RULES
 from prunax.structured.walk import Step, Trace, Value, View, Walk, walk
 
-__all__ = ["evaluate", "keep_of_axes"]
+__all__: list[str] = []
 
 Keep = Mapping[Axis, np.ndarray]
 

@@ -15,7 +15,7 @@ from jax.extend.source_info_util import summarize
 from prunax.structured import axes
 from prunax.structured.axes import Axis, Frozen
 
-__all__ = ["Step", "Trace", "Value", "View", "Walk", "source_line", "walk"]
+__all__: list[str] = []
 
 _NOT_THE_USERS = ("site-packages", "dist-packages", str(Path(__file__).parent))
 

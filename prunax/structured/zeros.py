@@ -19,7 +19,7 @@ from prunax.structured.axes import Axis
 from prunax.structured.rules import ALONG_AXIS, CALLS, REDUCTIONS, SCATTERS, WINDOWS
 from prunax.structured.walk import Step, Trace, source_line
 
-__all__ = ["Found", "follow"]
+__all__: list[str] = []
 
 # f(0) = 0, and what only moves elements about. Where the rule is of the first operand, others are indices and the like.
 KEEPS = frozenset(
