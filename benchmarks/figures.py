@@ -120,11 +120,59 @@ def save_methods(file: Path, content: Mapping[str, Any], families: Mapping[str, 
             panel.set_xticks([1 / (1 - s) for s in ticks], [f"{s:.0%}" for s in ticks])
             panel.minorticks_off()
             panel.grid(alpha=0.3)
-            panel.legend(fontsize="small", loc="lower left")
+            if panel.get_legend_handles_labels()[0]:
+                panel.legend(fontsize="small", loc="lower left")
         means = [100 * np.mean(r["test_accuracy"]) for r in of_network]
         top = max(means)
         row[0].set_ylim(max(min(means) - 1, top - 16), top + 1)
         row[0].set_ylabel("test accuracy, %")
+    for panel in axes[-1]:
+        panel.set_xlabel("weights that are zero")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=130)
+
+
+def save_robustness(file: Path, content: Mapping[str, Any]) -> None:
+    """Draws accuracy against sparsity, a panel a perturbation, a line a method; dense is the dashed line.
+
+    Args:
+        file: the PNG to write.
+        content: the results of `robustness.py`.
+    """
+    records = content["records"]
+    kinds = list(records[0]["accuracy"])
+    names = list(dict.fromkeys(r["method"] for r in records if r["method"] != "dense"))
+    figure = matplotlib.figure.Figure(figsize=(14, 6.5), layout="constrained")
+    axes = figure.subplots(2, (len(kinds) + 1) // 2, squeeze=False)
+    for kind, panel in zip(kinds, axes.flat, strict=False):
+        panel.set_xlim(4.5, 120)
+        panel.set_xscale("log")
+        ticks = (0.8, 0.9, 0.95, 0.98, 0.99)
+        panel.set_xticks([1 / (1 - s) for s in ticks], [f"{s:.0%}" for s in ticks])
+        panel.minorticks_off()
+        for r in records:
+            if r["method"] == "dense":
+                level = 100 * np.mean(r["accuracy"][kind])
+                panel.axhline(level, color="0.4", linestyle="--", linewidth=1, label="dense")
+        for i, name in enumerate(names):
+            of_method = sorted(
+                (r for r in records if r["method"] == name), key=lambda r: r["sparsity"]
+            )
+            panel.errorbar(
+                [1 / (1 - r["sparsity"]) for r in of_method],
+                [100 * np.mean(r["accuracy"][kind]) for r in of_method],
+                [100 * np.std(r["accuracy"][kind]) for r in of_method],
+                color=f"C{i}",
+                marker="osD^vPX"[i % 7],
+                markersize=4,
+                capsize=2,
+                label=name,
+            )
+        panel.set_title(kind, fontsize="medium")
+        panel.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize="small", loc="lower left")
+    for panel in axes[:, 0]:
+        panel.set_ylabel("accuracy, %")
     for panel in axes[-1]:
         panel.set_xlabel("weights that are zero")
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,270 @@
+"""What pruning does to generalisation and robustness, beside dense training.
+
+For each method and sparsity: accuracy on the training and on the test images and the gap between them, on test images
+with noise, blur, changed brightness or a hidden patch, and under attacks by the gradient (FGSM and PGD).
+"""
+
+import argparse
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import rich.console
+
+from benchmarks import figures, harness, loop, methods, models
+
+PyTree = Any
+Perturbation = Callable[[Any, PyTree, jax.Array, jax.Array, jax.Array], jax.Array]
+
+EXAMPLES = """\
+examples:
+  python -m benchmarks.robustness --quick
+  python -m benchmarks.robustness --out benchmarks/results
+"""
+METHODS = "magnitude global rigl static".split()
+QUICK = {"methods": ["global", "static"], "sparsities": [0.9, 0.98], "seeds": 2}
+FULL = {"methods": METHODS, "sparsities": list(methods.SPARSITIES), "seeds": 3}
+EPSILON = 0.02  # of the attacks, in pixel values of [0, 1]; the infinity norm
+
+
+def noise(apply: Any, params: PyTree, images: jax.Array, labels: jax.Array, key: jax.Array) -> Any:
+    """Gaussian noise of standard deviation 0.1."""
+    return jnp.clip(images + 0.1 * jax.random.normal(key, images.shape), 0, 1)
+
+
+def blur(apply: Any, params: PyTree, images: jax.Array, labels: jax.Array, key: jax.Array) -> Any:
+    """A Gaussian blur of 5x5 pixels and standard deviation 1."""
+    weights = jnp.exp(-(jnp.arange(-2.0, 3.0) ** 2) / 2)
+    weights = weights / weights.sum()
+    for axis in (1, 2):
+        size = images.shape[axis]
+        padded = jnp.pad(images, [(2, 2) if i == axis else (0, 0) for i in range(4)], mode="edge")
+        images = sum(
+            w * jax.lax.slice_in_dim(padded, i, i + size, axis=axis) for i, w in enumerate(weights)
+        )
+    return images
+
+
+def brightness(
+    apply: Any, params: PyTree, images: jax.Array, labels: jax.Array, key: jax.Array
+) -> Any:
+    """0.2 more at every pixel."""
+    return jnp.clip(images + 0.2, 0, 1)
+
+
+def occlusion(
+    apply: Any, params: PyTree, images: jax.Array, labels: jax.Array, key: jax.Array
+) -> Any:
+    """A black square of a quarter of the image's width, at a random place in each image."""
+    count, height, width, _ = images.shape
+    size = max(width // 4, 1)
+    rows, columns = jax.random.split(key)
+    top = jax.random.randint(rows, (count, 1, 1, 1), 0, height - size + 1)
+    left = jax.random.randint(columns, (count, 1, 1, 1), 0, width - size + 1)
+    y, x = jnp.arange(height)[None, :, None, None], jnp.arange(width)[None, None, :, None]
+    hidden = (y >= top) & (y < top + size) & (x >= left) & (x < left + size)
+    return jnp.where(hidden, 0.0, images)
+
+
+def fgsm(apply: Any, params: PyTree, images: jax.Array, labels: jax.Array, key: jax.Array) -> Any:
+    """One step of the gradient's sign (Goodfellow et al., 2015, arXiv:1412.6572)."""
+    return _ascend(apply, params, images, images, labels, EPSILON)
+
+
+def pgd(apply: Any, params: PyTree, images: jax.Array, labels: jax.Array, key: jax.Array) -> Any:
+    """Ten steps from a random start, projected (Madry et al., 2018, arXiv:1706.06083)."""
+    start = images + jax.random.uniform(key, images.shape, minval=-EPSILON, maxval=EPSILON)
+
+    def step(x: jax.Array, _: None) -> tuple[jax.Array, None]:
+        return _ascend(apply, params, x, images, labels, EPSILON / 4), None
+
+    return jax.lax.scan(step, jnp.clip(start, 0, 1), None, length=10)[0]
+
+
+def _ascend(
+    apply: Any,
+    params: PyTree,
+    x: jax.Array,
+    images: jax.Array,
+    labels: jax.Array,
+    size: float,
+) -> jax.Array:
+    """A step that raises the loss, kept within reach of the images."""
+
+    def loss(x: jax.Array) -> jax.Array:
+        return optax.softmax_cross_entropy_with_integer_labels(apply(params, x), labels).sum()
+
+    x = x + size * jnp.sign(jax.grad(loss)(x))
+    return jnp.clip(jnp.clip(x, images - EPSILON, images + EPSILON), 0, 1)
+
+
+PERTURBATIONS: dict[str, Perturbation] = {
+    "noise": noise,
+    "blur": blur,
+    "brightness": brightness,
+    "occlusion": occlusion,
+    "fgsm": fgsm,
+    "pgd": pgd,
+}
+
+
+@functools.partial(jax.jit, static_argnames=("network", "classes"))
+def measure(
+    network: str, classes: int, params: PyTree, images: jax.Array, labels: jax.Array
+) -> dict[str, jax.Array]:
+    """Accuracy of one set of params under each perturbation, in batches that cover every image."""
+    apply = functools.partial(models.apply, models.MODELS[network](classes))
+    found = {}
+    for i, (name, perturb) in enumerate(PERTURBATIONS.items()):
+
+        def right(xs: tuple[jax.Array, jax.Array, jax.Array], perturb=perturb) -> jax.Array:
+            image, label, key = xs
+            x = perturb(apply, params, image[None], label[None], key)
+            return jnp.argmax(apply(params, x)[0]) == label
+
+        keys = jax.random.split(jax.random.key(i), len(labels))
+        found[name] = jnp.mean(jax.lax.map(right, (images, labels, keys), batch_size=1000))
+    return found
+
+
+def record(
+    network: str,
+    method: str,
+    sparsity: float,
+    outcome: methods.Outcome,
+    data: loop.Data,
+    classes: int,
+) -> dict[str, Any]:
+    """All accuracies of an outcome with a leading axis of seeds."""
+    train = methods.accuracy(network, classes, outcome.params, data.train_images, data.train_labels)
+    test = methods.accuracy(network, classes, outcome.params, data.test_images, data.test_labels)
+    found = [
+        measure(
+            network,
+            classes,
+            jax.tree.map(lambda leaf, seed=seed: leaf[seed], outcome.params),
+            data.test_images,
+            data.test_labels,
+        )
+        for seed in range(len(test))
+    ]
+    accuracy = {"train": train.tolist(), "test": test.tolist()}
+    accuracy |= {name: [float(f[name]) for f in found] for name in PERTURBATIONS}
+    return {"network": network, "method": method, "sparsity": sparsity, "accuracy": accuracy}
+
+
+def robustness_table(content: Mapping[str, Any], network: str) -> harness.Table:
+    """A row a method and sparsity: means over the seeds, in %; the gap in points."""
+    columns = ("method", "sparsity", "train", "test", "gap", *PERTURBATIONS)
+    rows = []
+    for r in content["records"]:
+        if r["network"] != network:
+            continue
+        mean = {name: 100 * float(np.mean(values)) for name, values in r["accuracy"].items()}
+        sparsity = "" if r["method"] == "dense" else f"{r['sparsity']:.0%}"
+        rows.append(
+            (
+                r["method"],
+                sparsity,
+                f"{mean['train']:.2f}",
+                methods.spread(r["accuracy"]["test"]),
+                f"{mean['train'] - mean['test']:.2f}",
+                *(methods.spread(r["accuracy"][name]) for name in PERTURBATIONS),
+            )
+        )
+    title = f"{methods.NETWORKS[network]}: accuracy, %, clean and perturbed"
+    return harness.Table(title, columns, rows)
+
+
+def tables(content: Mapping[str, Any]) -> dict[str, harness.Table]:
+    """All tables of a results file, by the name that `render.py` knows them by."""
+    networks = dict.fromkeys(r["network"] for r in content["records"])
+    return {f"robustness/{network}": robustness_table(content, network) for network in networks}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line. Exits with code 2 and one line on a bad argument."""
+    parser = _parser()
+    args = parser.parse_args(sys.argv[1:] if arguments is None else list(arguments))
+    for name, value in (QUICK if args.quick else FULL).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    console = rich.console.Console()
+    begin = time.perf_counter()
+    dataset = methods.load(args.dataset, console)
+    data, classes = loop.Data(*map(jnp.asarray, dataset[1:5])), dataset.num_classes
+    budget = methods.budget_for(args.network, dataset, args.epochs, quick=args.quick)
+    settings = {
+        "dataset": dataset.name,
+        "epochs": budget.epochs,
+        "batch_size": budget.batch_size,
+        "learning_rate": budget.learning_rate,
+        "seeds": list(range(args.seeds)),
+        "epsilon": EPSILON,
+    }
+    file = args.out / ("robustness-quick.json" if args.quick else "robustness.json")
+    try:
+        results = methods.Results(file, settings, "python -m benchmarks.robustness")
+    except ValueError as error:
+        parser.error(str(error))
+    jobs = [("dense", 0.0), *((m, s) for m in args.methods for s in sorted(args.sparsities))]
+    with harness.progress(console) as progress:
+        task = progress.add_task("robustness", total=len(jobs), note="")
+        for method, sparsity in jobs:
+            progress.update(task, note=f"{args.network} {method} {sparsity:g}")
+            if results.find(args.network, method, sparsity) is None:
+                outcome, *_ = methods.train_method(
+                    method, sparsity, budget, classes, data, args.seeds
+                )
+                new = record(args.network, method, sparsity, outcome, data, classes)
+                results.add(new | {"options": methods.METHODS[method].options})
+            progress.advance(task)
+
+    content = json.loads(file.read_text())
+    texts = []
+    for table in tables(content).values():
+        console.print(table)
+        texts.append(f"## {table.title}\n\n{table.markdown()}\n")
+    about = "".join(f"- {name}: {f.__doc__}\n" for name, f in PERTURBATIONS.items())
+    head = (
+        f"# Robustness on {dataset.name}\n\nWritten by `{content['command']}`: mean ± standard deviation of "
+        f"{args.seeds} seeds, {budget.epochs} epochs. Attacks reach {EPSILON} in pixel values of [0, 1].\n\n{about}"
+    )
+    file.with_suffix(".md").write_text("\n".join([head, *texts]))
+    figures.save_robustness(file.with_suffix(".png"), content)
+    console.print(f"{time.perf_counter() - begin:.0f} s in all, compilation included.")
+    console.print(f"Figures: {file}, .md and .png", soft_wrap=True, highlight=False)
+
+
+def _parser() -> argparse.ArgumentParser:
+    trained_once = [
+        name for name, method in methods.METHODS.items() if method.recipe and name != "dense"
+    ]
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.robustness",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--quick", action="store_true", help="few methods and sparsities, short training")
+    add("--dataset", default="fashion_mnist", help="(fashion_mnist; digits where it is not there)")
+    add("--network", choices=methods.NETWORKS, default="mlp", help="(mlp)")
+    add("--methods", nargs="+", choices=trained_once, metavar="NAME", help=f"({' '.join(METHODS)})")
+    add("--sparsities", nargs="+", type=float, help="(0.8 0.9 0.95 0.98 0.99)")
+    add("--seeds", type=int, help="how many (3)")
+    add("--epochs", type=int, help="of each run (as methods.py)")
+    add("--out", type=Path, default=harness.OUT, help="folder of the results (benchmarks/out)")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""benchmarks.methods, robustness and render: short runs on real images."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tensorflow_datasets")
+pytest.importorskip("grain")
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+
+import jax
+import jax.numpy as jnp
+
+import prunax
+from benchmarks import datasets, loop, methods, render, robustness
+from benchmarks.method_recipes import METHODS, Budget
+
+pytestmark = pytest.mark.relaxed_promotion  # optax's Adam raises a float to an int32 power
+
+RUN = "--dataset digits --network mlp --methods dense global imp rigl --sparsities 0.5 0.7 --seeds 2 --epochs 2"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    digits = datasets.load("digits", tmp_path_factory.mktemp("data"))
+    return loop.Data(*map(jnp.asarray, digits[1:5]))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("PRUNAX_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setattr(methods.harness, "OUT", tmp_path)
+    return tmp_path
+
+
+def as_key(record):
+    return record["method"], record["sparsity"]
+
+
+def test_a_run_goes_on_where_it_stopped(folder, monkeypatch):
+    stop_after, begun = 4, []
+    add = methods.Results.add
+
+    def interrupted(self, *records):
+        add(self, *records)
+        if len(self.records) >= stop_after:
+            raise KeyboardInterrupt
+
+    class Counted(methods.Results):
+        def find(self, *key):
+            found = super().find(*key)
+            if found is None:
+                begun.append(key[1:])
+            return found
+
+    arguments = [*RUN.split(), "--out", str(folder)]
+    with monkeypatch.context() as patch:
+        patch.setattr(methods.Results, "add", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            methods.main(arguments)
+    file = folder / "methods.json"
+    first = json.loads(file.read_text())["records"]
+    assert len(first) == stop_after
+
+    stop_after = 6  # between the two sparsities of the lottery tickets
+    with monkeypatch.context() as patch:
+        patch.setattr(methods.Results, "add", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            methods.main(arguments)
+    begun_by_then = json.loads(file.read_text())["records"]
+    assert [as_key(r) for r in begun_by_then[5:]] == [("imp", 0.5), ("imp-reinit", 0.5)]
+
+    monkeypatch.setattr(methods, "Results", Counted)
+    methods.main(arguments)
+    content = json.loads(file.read_text())
+    records = {as_key(r): r for r in content["records"]}
+    assert content["records"][:7] == begun_by_then  # untouched
+    assert set(begun) == {("imp", 0.7)}
+    pairs = [(m, s) for m in ("global", "rigl", "imp", "imp-reinit") for s in (0.5, 0.7)]
+    assert set(records) == {("dense", 0.0), *pairs}
+    assert file.with_suffix(".png").stat().st_size > 10_000
+    assert "| imp-reinit |" in file.with_suffix(".md").read_text()
+    for (method, sparsity), r in records.items():
+        assert len(r["test_accuracy"]) == 2
+        np.testing.assert_allclose(r["realised_sparsity"], sparsity, atol=1e-4)
+        assert r["exact_zeros"]
+        assert np.isfinite(r["losses"]).all()
+        assert r["trainings"] == (1 if not method.startswith("imp") else r["trainings"])
+    assert records["imp", 0.7]["trainings"] == 1 + 3 + 2
+    assert np.mean(records["dense", 0.0]["test_accuracy"]) > 0.8
+
+    # A ticket that was gone on from is the one that an uninterrupted run draws.
+    with monkeypatch.context() as patch:
+        whole = folder / "whole"
+        patch.setattr(methods.harness, "OUT", whole)
+        methods.main([*RUN.replace("dense global imp rigl", "imp").split(), "--out", str(whole)])
+    again = {as_key(r): r for r in json.loads((whole / "methods.json").read_text())["records"]}
+    for key in (("imp", 0.7), ("imp-reinit", 0.7)):
+        assert again[key]["test_accuracy"] == records[key]["test_accuracy"]
+        assert again[key]["layer_sparsity"] == records[key]["layer_sparsity"]
+
+    with pytest.raises(SystemExit) as exit_:  # other settings do not mix with these results
+        methods.main([*arguments, "--epochs", "3"])
+    assert exit_.value.code == 2
+
+
+@pytest.mark.parametrize("method", [name for name, m in METHODS.items() if m.recipe])
+def test_every_recipe_prunes_as_many_weights_as_asked(method, data):
+    """Of an MLP whose layers divide unevenly."""
+    budget = Budget("mlp", 2, 20, 32, 1e-3)
+    images = data._replace(
+        train_images=data.train_images[:640], train_labels=data.train_labels[:640]
+    )
+    sparsity = 0.8333
+    outcome, *_ = methods.train_method(method, sparsity, budget, 10, images, 1)
+    assert outcome.zeros.all()
+    assert np.isfinite(outcome.losses).all()
+    masks = jax.tree.map(lambda m: m[0], outcome.masks)
+    params = jax.tree.map(lambda p: p[0], outcome.params)
+    summary = prunax.summarize(params, masks)
+    layers = [leaf for leaf in summary.leaves if leaf.prunable]
+    assert len(layers) == 3
+    zeros = sum(int((kernel == 0).sum()) for kernel in loop.kernels(params))
+    if method == "dense":
+        assert summary.kept == summary.weights
+    elif method == "proximal-l1":
+        assert zeros == summary.weights - summary.kept
+    else:
+        rounding = 0 if METHODS[method].family == "" else len(layers) / 2  # each layer rounds
+        pruned = summary.weights - summary.kept
+        assert abs(pruned - sparsity * summary.weights) <= rounding + 0.5
+        assert zeros >= pruned
+
+
+def test_steps_that_change_no_masks_skip_the_ranking(data):
+    """Mapped over seeds, the step count has no seed axis, so that a mask update stays a branch."""
+    budget = Budget("mlp", 1, 4, 32, 1e-3)
+    recipe = METHODS["rigl"].recipe(budget, 0.9, **METHODS["rigl"].options)
+    keys = methods.keys_of(2)
+    params = methods.initial("mlp", 10, keys, data.train_images[:1])
+
+    def seeds(params, keys):
+        return jax.vmap(lambda p, k: methods.run(recipe, budget, 10, data, p, k))(params, keys)
+
+    def primitives(jaxpr):
+        for eqn in jaxpr.eqns:
+            yield eqn.primitive.name, eqn
+            for value in jax.tree.leaves(list(eqn.params.values())):
+                if hasattr(value := getattr(value, "jaxpr", value), "eqns"):
+                    yield from primitives(value)
+
+    conds = [
+        e for name, e in primitives(jax.make_jaxpr(seeds)(params, keys).jaxpr) if name == "cond"
+    ]
+    assert len(conds) >= 2
+    assert all(eqn.invars[0].aval.shape == () for eqn in conds)
+
+
+def test_robustness_in_short(folder):
+    arguments = "--quick --dataset digits --methods global --sparsities 0.9 --seeds 1 --epochs 20"
+    robustness.main([*arguments.split(), "--out", str(folder)])
+    content = json.loads((folder / "robustness-quick.json").read_text())
+    dense, pruned = (r["accuracy"] for r in content["records"])
+    assert set(dense) == {"train", "test", *robustness.PERTURBATIONS}
+    for accuracy in (dense, pruned):
+        assert accuracy["train"][0] >= accuracy["test"][0] > 0.7
+        assert accuracy["pgd"][0] <= accuracy["fgsm"][0] < accuracy["test"][0]
+    assert (folder / "robustness-quick.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("name", robustness.PERTURBATIONS)
+def test_perturbed_images_are_images_near_by(name, data):
+    images, labels = data.test_images[:20], data.test_labels[:20]
+    weights = jax.random.normal(jax.random.key(0), (64, 10))
+
+    def apply(params, x):
+        return x.reshape(len(x), -1) @ params
+
+    x = robustness.PERTURBATIONS[name](apply, weights, images, labels, jax.random.key(1))
+    assert x.shape == images.shape
+    assert jnp.all((x >= 0) & (x <= 1 + 1e-6))
+    assert jnp.any(x != images)
+    if name in ("fgsm", "pgd"):
+        assert jnp.max(jnp.abs(x - images)) <= robustness.EPSILON + 1e-6
+
+
+def test_tables_are_rendered_between_markers(tmp_path, capsys):
+    def result(method, sparsity, accuracy):
+        same = {"network": "mlp", "realised_sparsity": [sparsity] * 2}
+        return same | {"method": method, "sparsity": sparsity, "test_accuracy": accuracy}
+
+    records = [result("dense", 0.0, [0.9, 0.92]), result("magnitude", 0.9, [0.89, 0.93])]
+    (tmp_path / "methods.json").write_text(json.dumps({"records": records}))
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- table: methods/mlp -->\n<!-- end table -->\nb\n")
+    arguments = [str(page), "--results", str(tmp_path)]
+
+    with pytest.raises(SystemExit) as exit_:
+        render.main([*arguments, "--check"])
+    assert exit_.value.code == 1
+    render.main(arguments)
+    render.main([*arguments, "--check"])
+    text = page.read_text()
+    assert "| dense | 91.00 ± 1.41 |" in text
+    assert "| magnitude | 91.00 ± 2.83 |" in text
+    assert text.startswith("a\n")
+    assert text.endswith("<!-- end table -->\nb\n")
+
+    page.write_text(text.replace("91.00", "99.00"))  # typed
+    with pytest.raises(SystemExit):
+        render.main([*arguments, "--check"])
+    page.write_text("<!-- table: methods/no -->\n<!-- end table -->\n")
+    with pytest.raises(SystemExit):
+        render.main(arguments)
+    assert "there is no table 'methods/no'" in capsys.readouterr().err
+    claims = methods.claims_table(records, "mlp")
+    assert claims.rows == [("magnitude at 90% against dense", "-0.2", "+0.00 ± 1.41", "yes")]
+
+
+def test_pages_of_the_project_are_up_to_date():
+    render.main(["--check"])
+    assert Path(render.ROOT / "README.md").is_file()
