@@ -105,6 +105,9 @@ def latency(fn: Callable[..., Any], params: PyTree, *args: Any, repeats: int = 2
         >>> prunax.structured.latency(lambda w, x: x @ w, jnp.ones((4, 3)), jnp.ones((2, 4)), repeats=1) > 0
         True
     """
+    params, args = jax.tree.map(
+        lambda x: jax.device_put(x) if trees.is_array(x) else x, (params, args)
+    )
     compiled = jax.jit(fn)
     jax.block_until_ready(compiled(params, *args))
     times = []
