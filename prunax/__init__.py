@@ -7,6 +7,7 @@ Pure functions map parameter pytrees to mask pytrees, and an optax transformatio
 
 from prunax import (
     allocation,
+    counts,
     initialization,
     lottery,
     packing,
@@ -29,6 +30,7 @@ __all__ = [
     "allocation",
     "apply_masks",
     "compute_masks",
+    "counts",
     "initialization",
     "lottery",
     "packing",

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prunax import schedules, selection, trees
+from prunax import counts, schedules, trees
 
 __all__ = [
     "Allocation",
@@ -48,7 +48,7 @@ class Pool(NamedTuple):
     Attributes:
         leaves: Indices into the leaves given to the allocation.
         sparsity: Fraction of the pool's units to prune: a number, or a traced float32 scalar.
-        num_pruned: Units to prune, an int or a `prunax.selection.Count`.
+        num_pruned: Units to prune, an int or a `prunax.counts.Count`.
     """
 
     leaves: tuple[int, ...]
@@ -85,7 +85,7 @@ def uniform(leaves: Sequence[Leaf], sparsity: Any) -> Allocation:
         >>> prunax.allocation.uniform([leaf], 0.25).pools[0].num_pruned
         25
     """
-    return Allocation(tuple(_pool(leaves, (i,), sparsity) for i in range(len(leaves))))
+    return Allocation(_one_each(leaves, [sparsity] * len(leaves)))
 
 
 def global_ranking(leaves: Sequence[Leaf], sparsity: Any, *, normalize: bool = False) -> Allocation:
@@ -110,8 +110,7 @@ def global_ranking(leaves: Sequence[Leaf], sparsity: Any, *, normalize: bool = F
     References:
         Blalock et al., What is the State of Neural Network Pruning?, 2020, arXiv:2003.03033: global magnitude.
     """
-    pool = _pool(leaves, tuple(range(len(leaves))), sparsity)
-    return Allocation((pool,), _unit_rms if normalize else None)
+    return Allocation(_one_pool(leaves, sparsity), _unit_rms if normalize else None)
 
 
 def lamp(leaves: Sequence[Leaf], sparsity: Any) -> Allocation:
@@ -139,7 +138,7 @@ def lamp(leaves: Sequence[Leaf], sparsity: Any) -> Allocation:
     References:
         Lee et al., Layer-adaptive Sparsity for the Magnitude-based Pruning, 2021, arXiv:2010.07611, equation 3.
     """
-    return Allocation((_pool(leaves, tuple(range(len(leaves))), sparsity),), _lamp_scores)
+    return Allocation(_one_pool(leaves, sparsity), _lamp_scores)
 
 
 def erdos_renyi(leaves: Sequence[Leaf], sparsity: Any) -> Allocation:
@@ -189,7 +188,7 @@ def erdos_renyi(leaves: Sequence[Leaf], sparsity: Any) -> Allocation:
     fits = scale * cast(raw[order]) <= 1
     scale = xp.where(xp.any(fits), scale[xp.argmax(fits)], cast(np.inf))
     density = xp.where(sparsity <= 0, cast(1.0), xp.minimum(scale * cast(raw), cast(1.0)))
-    return Allocation(tuple(_pool(leaves, (i,), 1 - density[i]) for i in range(len(leaves))))
+    return Allocation(_one_each(leaves, [1 - density[i] for i in range(len(leaves))]))
 
 
 @dataclass(frozen=True, init=False)
@@ -231,18 +230,38 @@ class by_path:
                     f"by_path: {pattern!r} matches no prunable leaf. Prunable are: {known}. "
                     f"Correct the path, use a glob such as '*/kernel', or choose the leaf with `where`."
                 )
-        pools = []
+        chosen, sparsities = [], []
         for i, leaf in enumerate(leaves):
             own = [s for pattern, s in self.sparsities if fnmatch.fnmatchcase(leaf.path, pattern)]
             if own or sparsity is not None:
-                pools.append(_pool(leaves, (i,), own[0] if own else sparsity))
-        return Allocation(tuple(pools))
+                chosen.append((i,))
+                sparsities.append(own[0] if own else sparsity)
+        return Allocation(_pools(leaves, chosen, sparsities))
 
 
-def _pool(leaves: Sequence[Leaf], indices: tuple[int, ...], sparsity: Any) -> Pool:
-    return Pool(
-        indices, sparsity, selection.num_pruned(sparsity, sum(leaves[i].num_units for i in indices))
-    )
+def _pools(
+    leaves: Sequence[Leaf], members: Sequence[tuple[int, ...]], sparsities: Sequence[Any]
+) -> tuple[Pool, ...]:
+    sizes = [sum(leaves[i].num_units for i in pool) for pool in members]
+    budgets = [
+        None if trees.is_traced(s) else counts.num_pruned(s, n)
+        for s, n in zip(sparsities, sizes, strict=True)
+    ]
+    traced = [p for p, budget in enumerate(budgets) if budget is None]
+    if traced:  # at once, which compiles much faster than one by one
+        together = jnp.stack([jnp.asarray(sparsities[p], jnp.float32) for p in traced])
+        numbers = counts.num_pruned(together, [sizes[p] for p in traced])
+        for k, p in enumerate(traced):
+            budgets[p] = counts.Count(numbers.high[k], numbers.low[k])
+    return tuple(map(Pool, members, sparsities, budgets))
+
+
+def _one_pool(leaves: Sequence[Leaf], sparsity: Any) -> tuple[Pool, ...]:
+    return _pools(leaves, [tuple(range(len(leaves)))], [sparsity])
+
+
+def _one_each(leaves: Sequence[Leaf], sparsities: Sequence[Any]) -> tuple[Pool, ...]:
+    return _pools(leaves, [(i,) for i in range(len(leaves))], sparsities)
 
 
 def _unit_rms(scores: jax.Array) -> jax.Array:

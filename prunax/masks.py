@@ -13,14 +13,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
 from prunax import allocation as allocations
-from prunax import patterns, schedules, selection, trees
-from prunax import scores as score_functions
+from prunax import counts, patterns, schedules, selection, trees
 
 __all__ = ["apply_masks", "compute_masks", "straight_through"]
 
 PyTree = Any
+Score = jax.Array | Partial
 Structure = tuple[tuple[tuple[int, ...], ...], Callable[[jax.Array], jax.Array] | None]
 
 
@@ -85,16 +86,13 @@ def compute_masks(
     patterns.check_fit("compute_masks", pattern, chosen.shapes)
 
     if threshold is not None:
-        kept, has_nan = _above_threshold(score_leaves, threshold, pattern=pattern)
+        kept = _above_threshold(score_leaves, threshold, pattern=pattern)
     else:
         pools = plan(chosen.shapes, sparsity, allocation=allocation, pattern=pattern)
-        kept, has_nan = _select(
-            score_leaves,
-            [selection.as_count(budget) for budget in pools.budgets],
-            magnitude=scores is None,
-            pattern=pattern,
-            structure=pools.structure,
-        )
+        if scores is None:  # absolute values are taken within each read, and not stored
+            score_leaves = [Partial(jnp.abs, leaf) for leaf in chosen.leaves]
+        kept = select_masks(score_leaves, pools.budgets, pattern=pattern, structure=pools.structure)
+    has_nan = [_has_nan(s) for s in score_leaves]
     if not trees.is_traced(*has_nan):
         flags = jax.device_get(has_nan)
         bad = [path for path, flag in zip(chosen.paths, flags, strict=True) if flag]
@@ -172,7 +170,7 @@ class Plan(NamedTuple):
 
     Attributes:
         budgets: For each pool the number of units that it loses (each slice of it, where the pattern compares along an
-            axis): an int or a `selection.Count`. Values that jit may trace.
+            axis): an int or a `counts.Count`. Values that jit may trace.
         sizes: For each pool the number of its units (of each slice's), static.
         pools: For each pool the indices of its leaves.
         rescale: What the allocation does to unit scores before they are ranked, or None.
@@ -236,16 +234,17 @@ def plan(
 
 
 def select_masks(
-    score_leaves: Sequence[jax.Array],
+    scores: Sequence[Score],
     budgets: Sequence[Any],
     *,
     pattern: patterns.Pattern,
     structure: Structure,
 ) -> list[jax.Array]:
-    """Rank the scores of the prunable leaves within budgets. For use inside jit.
+    """Rank the scores of the prunable leaves within budgets.
 
     Args:
-        score_leaves: Floating-point arrays, one a prunable leaf.
+        scores: Floating-point arrays, one a prunable leaf, or ``Partial(f, *arrays)`` of an elementwise f that makes
+            them (see `selection.keep_largest`).
         budgets: For each pool how many units it loses, like `Plan.budgets`.
         pattern: The pattern.
         structure: `Plan.structure`, static.
@@ -254,31 +253,40 @@ def select_masks(
         One bool mask a leaf, of its shape, True = kept.
     """
     pools, rescale = structure
-    units = [pattern.pool(s) for s in score_leaves]
-    if rescale is not None:
-        units = [rescale(u) for u in units]
+    budgets = [counts.as_count(budget) for budget in budgets]
+    if pattern == patterns.Unstructured() and rescale is None:
+        return selection.keep_largest(scores, pools, budgets)
+    units = _unit_scores(list(scores), pattern=pattern, rescale=rescale)
     if pattern.compare_axis is None:
-        kept = selection.keep_largest(_comparable(units, pools), pools, budgets)
+        kept = selection.keep_largest(units, pools, budgets)
     else:
         kept = [jnp.ones(u.shape, jnp.bool_) for u in units]
         for (i,), budget in zip(pools, budgets, strict=True):
-            k = jnp.asarray(selection.as_count(budget).lo).astype(
-                jnp.int32
-            )  # no slice reaches 2**31
-            kept[i] = selection.keep_largest_along(units[i], pattern.compare_axis, k)
-    masks = [pattern.expand(k, s.shape) for k, s in zip(kept, score_leaves, strict=True)]
-    return [_shard_like(m, s) for m, s in zip(masks, score_leaves, strict=True)]
+            # A slice is shorter than 2**32.
+            kept[i] = selection.keep_largest_along(units[i], pattern.compare_axis, budget.low)
+    return _expanded(kept, list(scores), pattern=pattern)
 
 
-def _comparable(units: list[jax.Array], pools: tuple[tuple[int, ...], ...]) -> list[jax.Array]:
-    """Give the leaves of each pool one dtype, since selection compares bit patterns."""
-    units = list(units)
-    for pool in pools:
-        dtypes = {units[i].dtype for i in pool}
-        if len(dtypes) > 1:
-            for i in pool:
-                units[i] = units[i].astype(trees.wide_dtype(*dtypes))
-    return units
+@functools.partial(jax.jit, static_argnames=("pattern", "rescale"))
+def _unit_scores(
+    scores: list[Score], *, pattern: patterns.Pattern, rescale: Any
+) -> list[jax.Array]:
+    units = [pattern.pool(selection.value_of(s)) for s in scores]
+    return units if rescale is None else [rescale(u) for u in units]
+
+
+@functools.partial(jax.jit, static_argnames="pattern")
+def _expanded(
+    kept: list[jax.Array], scores: list[Score], *, pattern: patterns.Pattern
+) -> list[jax.Array]:
+    leaves = [selection.value_of(s) for s in scores]
+    masks = [pattern.expand(k, leaf.shape) for k, leaf in zip(kept, leaves, strict=True)]
+    return [_shard_like(m, leaf) for m, leaf in zip(masks, leaves, strict=True)]
+
+
+@jax.jit
+def _has_nan(score: Score) -> jax.Array:
+    return jnp.any(jnp.isnan(selection.value_of(score)))
 
 
 def _shard_like(mask: jax.Array, leaf: jax.Array) -> jax.Array:
@@ -290,12 +298,13 @@ def _shard_like(mask: jax.Array, leaf: jax.Array) -> jax.Array:
 
 
 def _slice_budget(pattern: patterns.Pattern, sparsity: Any, length: int, path: str) -> Any:
-    budget = selection.num_pruned(sparsity, length)
+    budget = counts.num_pruned(sparsity, length)
     if pattern.max_sparsity is None:
         return budget
-    most = selection.num_pruned(pattern.max_sparsity, length)
-    if isinstance(budget, selection.Count):
-        return selection.Count(budget.hi, jnp.minimum(budget.lo, jnp.uint32(most)))
+    most = counts.num_pruned(pattern.max_sparsity, length)
+    if isinstance(budget, counts.Count):
+        return counts.Count(budget.high, jnp.minimum(budget.low, jnp.uint32(most)))
+    assert isinstance(most, int)
     if budget > most:
         raise ValueError(
             f"{pattern} prunes at most {pattern.max_sparsity:g} of {path!r}, got sparsity {sparsity:g}. "
@@ -304,26 +313,10 @@ def _slice_budget(pattern: patterns.Pattern, sparsity: Any, length: int, path: s
     return budget
 
 
-@functools.partial(jax.jit, static_argnames=("magnitude", "pattern", "structure"))
-def _select(
-    leaves: list[jax.Array],
-    budgets: Any,
-    *,
-    magnitude: bool,
-    pattern: patterns.Pattern,
-    structure: Structure,
-) -> tuple[list[jax.Array], list[jax.Array]]:
-    score_leaves = score_functions.magnitude(leaves) if magnitude else leaves
-    return (
-        select_masks(score_leaves, budgets, pattern=pattern, structure=structure),
-        [jnp.any(jnp.isnan(s)) for s in score_leaves],
-    )
-
-
 @functools.partial(jax.jit, static_argnames="pattern")
 def _above_threshold(
     leaves: list[jax.Array], threshold: jax.Array, *, pattern: patterns.Pattern
-) -> tuple[list[jax.Array], list[jax.Array]]:
+) -> list[jax.Array]:
     def keep(score: jax.Array) -> jax.Array:
         units = pattern.pool(jnp.abs(score))
         # At least in float32: rounded to a narrow dtype the threshold would swallow scores next to it.
@@ -331,8 +324,7 @@ def _above_threshold(
         kept = units.astype(dtype) > jnp.asarray(threshold, dtype)
         return pattern.expand(kept, score.shape)
 
-    kept = [keep(s) for s in leaves]
-    return kept, [jnp.any(jnp.isnan(s)) for s in leaves]
+    return [keep(s) for s in leaves]
 
 
 def _check_request(

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "prunax"
 LAYERS = [
     {"trees"},
-    {"scores", "patterns", "penalties", "selection", "schedules", "packing", "jaxprs"},
+    {"counts", "scores", "patterns", "penalties", "selection", "schedules", "packing", "jaxprs"},
     {"allocation"},
     {"masks", "report", "plots"},
     {"transforms", "initialization", "lottery", "calibration", "structured", "search", "export"},

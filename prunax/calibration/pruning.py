@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from prunax import allocation as allocations
+from prunax import counts, patterns, schedules, trees
 from prunax import masks as mask_trees
-from prunax import patterns, schedules, selection, trees
 from prunax.calibration import plans, solver, stages
 
 __all__ = ["Pruned", "admm", "reconstruct", "sparsegpt", "wanda"]
@@ -371,7 +371,7 @@ class _Planner:
         before = self.done.get(problem.leaf, 0)
         self.done[problem.leaf] = before + size
         whole = self.chosen.leaves[problem.leaf].size
-        total = selection.num_pruned(sparsity, whole)
+        total = round(float(sparsity) * whole)
         return solver.share(total, before + size, whole) - solver.share(total, before, whole)
 
     def matrix_pattern(self, problem: plans.Problem) -> patterns.Pattern:
@@ -460,7 +460,7 @@ def _each(
 @functools.partial(jax.jit, static_argnames="pattern")
 def _wanda(weights: jax.Array, total: jax.Array, budget: Any, *, pattern: Any) -> Solved:
     scores = solver.wanda_scores(weights, jnp.sqrt(total))
-    budget = selection.Count(jnp.uint32(0), jnp.asarray(budget).astype(jnp.uint32))
+    budget = counts.Count(jnp.uint32(0), jnp.asarray(budget).astype(jnp.uint32))
     (mask,) = mask_trees.select_masks(
         [scores], [budget], pattern=pattern, structure=(((0,),), None)
     )

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.linalg import solve_triangular
 
-from prunax import patterns, selection, trees
+from prunax import counts, patterns, selection, trees
 
 __all__ = ["Factor", "Sparse", "admm", "budgets", "factorize", "obs", "refit", "wanda_scores"]
 
@@ -227,7 +227,7 @@ def _choose(
     scores = jnp.where(padded[:, None], jnp.inf, jnp.square(rows / diagonal[:, None]))
     if isinstance(pattern, patterns.ConstantFanIn):
         return selection.keep_largest_along(scores, 0, k)
-    count = selection.Count(jnp.uint32(0), k.astype(jnp.uint32))
+    count = counts.Count(jnp.uint32(0), k.astype(jnp.uint32))
     return selection.keep_largest([scores], [(0,)], [count])[0]
 
 
@@ -457,7 +457,7 @@ def admm(
 def _largest(pattern: patterns.Pattern, scores: jax.Array, k: jax.Array) -> jax.Array:
     """Keep the largest scores of a matrix: all but k of it, of each output, or of each group."""
     if isinstance(pattern, patterns.Unstructured):
-        count = selection.Count(jnp.uint32(0), k.astype(jnp.uint32))
+        count = counts.Count(jnp.uint32(0), k.astype(jnp.uint32))
         return selection.keep_largest([scores], [(0,)], [count])[0]
     if isinstance(pattern, patterns.NM):
         groups = scores.reshape(-1, pattern.m, scores.shape[-1])

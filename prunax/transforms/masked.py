@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from prunax import counts, packing, patterns, schedules, trees
 from prunax import masks as mask_functions
-from prunax import packing, patterns, schedules, selection, trees
 from prunax import scores as score_functions
 
 __all__ = ["PruneState", "unpack_masks"]
@@ -212,9 +212,7 @@ def plan_at(
     final = mask_functions.plan(leaves, schedule.target, allocation=allocation, pattern=pattern)
     reached = sparsity == jnp.float32(schedule.target)
     budgets = [
-        jax.tree.map(
-            lambda f, n: jnp.where(reached, f, n), selection.as_count(f), selection.as_count(n)
-        )
+        jax.tree.map(lambda f, n: jnp.where(reached, f, n), counts.as_count(f), counts.as_count(n))
         for f, n in zip(final.budgets, now.budgets, strict=True)
     ]
     return now._replace(budgets=budgets)

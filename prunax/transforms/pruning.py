@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.tree_util import Partial
 
 from prunax import allocation as allocations
 from prunax import masks as mask_functions
@@ -104,7 +105,16 @@ def prune(
                 )
         plan = plan_at(schedule, count, chosen.only(scored).shapes, allocation, pattern)
         ranked = mask_functions.select_masks(
-            [scores[n] for n in scored], plan.budgets, pattern=pattern, structure=plan.structure
+            [
+                # Taken within each read of the selection, absolute values need no memory.
+                Partial(jnp.abs, chosen.leaves[n])
+                if score is score_functions.magnitude
+                else scores[n]
+                for n in scored
+            ],
+            plan.budgets,
+            pattern=pattern,
+            structure=plan.structure,
         )
         kept = list(masks)
         for n, mask in zip(scored, ranked, strict=True):
