@@ -480,7 +480,7 @@ def draw_scores(rng, shape, kind):
     return rng.standard_normal(shape)
 
 
-@settings(max_examples=60)
+@settings(max_examples=50)
 @given(
     shapes=st.sampled_from(TREES),
     dtype=st.sampled_from(NUMPY_DTYPES),
@@ -492,6 +492,8 @@ def draw_scores(rng, shape, kind):
 def test_agrees_with_the_reference(shapes, dtype, pattern, name, given_scores, seed):
     if pattern.compare_axis is not None and name in ("global_ranking", "lamp"):
         name = "uniform"
+    if isinstance(pattern, patterns.NM):
+        name = "uniform"  # Erdos-Renyi asks more of large leaves than the pattern can give
     if pattern == patterns.ConstantFanIn(axis=(0, -2)) and "conv" not in shapes:
         pattern = patterns.ConstantFanIn(axis=(0, 1))
     kinds = ["normal", "ties", "extreme"]
