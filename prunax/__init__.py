@@ -7,6 +7,7 @@ Pure functions map parameter pytrees to mask pytrees, and an optax transformatio
 
 from prunax import (
     allocation,
+    calibration,
     counts,
     initialization,
     lottery,
@@ -16,6 +17,7 @@ from prunax import (
     schedules,
     scores,
     selection,
+    structured,
     transforms,
     trees,
 )
@@ -29,6 +31,7 @@ __all__ = [
     "Summary",
     "allocation",
     "apply_masks",
+    "calibration",
     "compute_masks",
     "counts",
     "initialization",
@@ -41,6 +44,7 @@ __all__ = [
     "scores",
     "selection",
     "straight_through",
+    "structured",
     "summarize",
     "transforms",
     "trees",

@@ -334,7 +334,7 @@ class _Flattener:
 
     def unroll(self, eqn: JaxprEqn, inputs: list[int]) -> list[int]:
         """Add the body of a scan once for each turn, each with its slice of the stacked weights."""
-        constants, carries = eqn.params["num_consts"], eqn.params["num_carry"]
+        constants, carries = scan_arity(eqn)
         body: ClosedJaxpr = eqn.params["jaxpr"]
         length = eqn.params["length"]
         carry = inputs[constants : constants + carries]
@@ -519,3 +519,11 @@ def _key(item: Any) -> Any:
     except TypeError:
         return _Identity(item)
     return type(item), item
+
+
+def scan_arity(eqn: JaxprEqn) -> tuple[int, int]:
+    """How many inputs of a `scan` equation are constants, and how many are carried."""
+    if "num_consts" in eqn.params:
+        return eqn.params["num_consts"], eqn.params["num_carry"]
+    constants, carries, _ = eqn.params["ft_in"].unpack()  # JAX 0.12 and later
+    return len(constants), len(carries)

@@ -65,8 +65,8 @@ def iterative_magnitude_pruning(
         pattern: Which weights go together or compete.
         where: ``where(path, leaf) -> bool`` chooses the prunable leaves.
 
-    Yields:
-        A `Ticket` after each round, as soon as it is trained.
+    Returns:
+        An iterator that yields a `Ticket` after each round, as soon as it is trained.
 
     Raises:
         ValueError: If the fraction is outside [0, 1] or rounds is negative; as `prunax.compute_masks`.

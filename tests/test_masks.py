@@ -394,9 +394,6 @@ def test_traced_sparsity_of_any_dtype(dtype):
             assert jax.tree.all(jax.tree.map(jnp.array_equal, traced, eager)), name
 
 
-@pytest.mark.xfail(
-    reason="num_pruned rounds the float32 value of a traced sparsity as if it were exact"
-)
 @pytest.mark.parametrize("sparsity", [0.3, 0.45, 0.55, 0.7, 0.9])
 def test_traced_sparsity_means_what_it_means_eager(sparsity):
     # s * n is a half here: in float32 s lies a little to one side of it.

@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, gensym, jaxpr_as_fun
 
+from prunax.jaxprs import scan_arity
 from prunax.structured import axes
 from prunax.structured.axes import Axis, Incompatible
 from prunax.structured.rules import CALLS, RULES
@@ -253,7 +254,8 @@ def _at_small_size(
 
 def _scan(step: Step, keep: Keep, args: Sequence[Any]) -> Sequence[Any]:
     p = step.eqn.params
-    n, m = p["num_consts"], p["num_consts"] + p["num_carry"]
+    n, carries = scan_arity(step.eqn)
+    m = n + carries
 
     def body(carry: Any, xs: Any) -> Any:
         outs = evaluate(step.inner[0], keep, [*args[:n], *carry, *xs])

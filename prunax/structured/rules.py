@@ -12,6 +12,7 @@ from typing import Any
 
 from jax.extend.core import ClosedJaxpr, JaxprEqn
 
+from prunax.jaxprs import scan_arity
 from prunax.structured import axes
 from prunax.structured.axes import Axis, Incompatible
 from prunax.structured.walk import Rule, Value, View, Walk, shape_of
@@ -93,7 +94,8 @@ def _call(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> Sequence[Value]:
 @_rule("scan")
 def _scan(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[Any]:
     """The body's carry has the same axes in every iteration; what is stacked has one more, that of the iterations."""
-    n, m = eqn.params["num_consts"], eqn.params["num_consts"] + eqn.params["num_carry"]
+    n, carries = scan_arity(eqn)
+    m = n + carries
     why = "`scan` takes one step for each of its units"
     for value in ins[m:]:
         walk.freeze(value.views[:1], why)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.extend.core import JaxprEqn, Literal
 
+from prunax.jaxprs import scan_arity
 from prunax.structured import axes
 from prunax.structured.axes import Axis
 from prunax.structured.rules import ALONG_AXIS, CALLS, REDUCTIONS, SCATTERS, WINDOWS
@@ -189,7 +190,7 @@ def _contracted_twice(step: Step, live: Zero) -> Zero:
 
 
 def _scan(step: Step, zero: list[Zero], live: Zero, found: Found) -> list[Zero]:
-    n, m = step.eqn.params["num_consts"], step.eqn.params["num_carry"]
+    n, m = scan_arity(step.eqn)
     carry = zero[n : n + m]
     while True:
         trial = Found(set(), {})
