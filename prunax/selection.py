@@ -663,14 +663,14 @@ def keep_largest_along(scores: Array, axis: int, num_pruned: Any) -> Array:
     def largest(dtype: Any, counted: Callable[[Array], Array], target: Array) -> Array:
         """The largest pivot of each slice with at most `target` elements before it, bit by bit from the top."""
         bits = 8 * np.dtype(dtype).itemsize
-        shape = jnp.sum(keys, axis=axis, keepdims=True).shape
+        one_each = jnp.sum(keys, axis=axis, keepdims=True)  # for its shape and sharding
 
         def refine(step: Array, pivot: Array) -> Array:
             bit = jnp.ones((), dtype) << (bits - 1 - step).astype(dtype)
             before = jnp.sum(counted(pivot | bit), axis=axis, keepdims=True, dtype=jnp.uint32)
             return jnp.where(before <= target, pivot | bit, pivot)
 
-        return lax.fori_loop(0, bits, refine, jnp.zeros(shape, dtype))
+        return lax.fori_loop(0, bits, refine, jnp.zeros_like(one_each, dtype=dtype))
 
     def over(pivot: Array) -> Array:
         return jnp.broadcast_to(pivot, keys.shape)

@@ -1,0 +1,192 @@
+"""The selection kernel, against a stable sort in NumPy, on hard inputs and on sharded arrays."""
+
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.tree_util import Partial
+
+from prunax import counts, selection
+
+
+def reference(scores, pools, pruned):
+    """Masks by sorting, NaN lowest, lower index kept first."""
+    masks = [np.ones(s.shape, bool) for s in scores]
+    for pool, k in zip(pools, pruned, strict=True):
+        flat = np.concatenate([np.asarray(scores[i], np.float64).ravel() for i in pool])
+        order = np.lexsort((np.arange(flat.size), -np.nan_to_num(flat, nan=0.0), np.isnan(flat)))
+        kept = np.zeros(flat.size, bool)
+        kept[order[: flat.size - k]] = True
+        ends = np.cumsum([scores[i].size for i in pool])
+        for i, part in zip(pool, np.split(kept, ends[:-1]), strict=True):
+            masks[i] = part.reshape(scores[i].shape)
+    return masks
+
+
+def check(scores, pools, pruned):
+    got = selection.keep_largest(scores, pools, pruned)
+    for g, expected in zip(got, reference(scores, pools, pruned), strict=True):
+        assert np.array_equal(g, expected)
+
+
+N = 3000
+RNG = np.random.default_rng(0)
+HARD = {
+    "equal": np.ones(N),
+    "two values": RNG.integers(0, 2, N).astype(float),
+    "ascending": np.linspace(-3, 5, N),
+    "descending": np.linspace(5, -3, N),
+    "denormal": RNG.standard_normal(N) * 1e-40,
+    "outlier": np.where(np.arange(N) == 7, 3e38, RNG.standard_normal(N) * 1e-6),
+    "cauchy": RNG.standard_cauchy(N),
+    "integers": RNG.integers(-20, 20, N).astype(float),
+    "last bits": 1 + RNG.integers(0, 5, N) * 2.0**-23,
+    "half zeros": np.maximum(RNG.standard_normal(N), 0),
+    "signed zeros": np.where(RNG.random(N) < 0.5, 0.0, -0.0),
+    "not numbers": np.where(RNG.random(N) < 0.3, np.nan, RNG.standard_normal(N)),
+    "infinities": np.where(RNG.random(N) < 0.3, RNG.choice([-np.inf, np.inf], N), 1.0),
+}
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_hard_inputs(name):
+    x = jnp.asarray(HARD[name].reshape(60, 50), jnp.float32)
+    select = jax.jit(lambda x, k: selection.keep_largest([x], [(0,)], [k])[0])
+    for k in (0, 1, 700, N // 2, 2999, N):
+        expected = reference([x], [(0,)], [k])[0]
+        assert np.array_equal(select(x, counts.as_count(k)), expected), k
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "int32", "uint8", "bool"])
+def test_dtypes(dtype):
+    x = jnp.asarray(RNG.integers(0, 2 if dtype == "bool" else 40, (23, 31)), dtype)
+    check([x], [(0,)], [400])
+    for axis in (0, 1):
+        got = selection.keep_largest_along(x, axis, 9)
+        slices = np.moveaxis(np.asarray(x, np.float64), axis, 0).reshape(x.shape[axis], -1)
+        masks = np.moveaxis(np.asarray(got), axis, 0).reshape(x.shape[axis], -1)
+        for column, mask in zip(slices.T, masks.T, strict=True):
+            assert np.array_equal(mask, reference([column], [(0,)], [9])[0])
+
+
+@settings(max_examples=8)  # each compiles its own pools
+@given(st.integers(0, 2**32 - 1))
+def test_pools_of_many_arrays(seed):
+    rng = np.random.default_rng(seed)
+    shapes = [(4, 3), (5,), (), (2, 2, 2), (0, 3), (1, 1)]
+    scores = [jnp.asarray(rng.integers(-2, 3, s), jnp.float32) for s in shapes]
+    order = [int(i) for i in rng.permutation(len(shapes))]
+    cut = int(rng.integers(1, len(shapes)))
+    pools = (tuple(order[:cut]), tuple(order[cut:]))
+    pruned = [int(rng.integers(0, sum(scores[i].size for i in p) + 1)) for p in pools]
+    check(scores, pools, pruned)
+
+
+def test_many_arrays_at_once():
+    # More arrays than one compiled loop is given: they are read shape by shape from Python.
+    scores = [jnp.asarray(RNG.integers(0, 9, (3 + i % 2, 5)), jnp.float32) for i in range(40)]
+    check(scores, [tuple(range(40))], [333])
+    check(scores, [(i,) for i in range(40)], [i % 9 for i in range(40)])
+
+
+def test_functions_stand_for_their_values():
+    w = jnp.asarray(RNG.standard_normal((20, 30)), jnp.float32)
+    (lazy,) = selection.keep_largest([Partial(jnp.abs, w)], [(0,)], [450])
+    (direct,) = selection.keep_largest([jnp.abs(w)], [(0,)], [450])
+    assert np.array_equal(lazy, direct)
+
+
+def test_nothing_as_large_as_the_scores_is_stored():
+    w = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
+    compiled = (
+        jax.jit(lambda w: selection.keep_largest([Partial(jnp.abs, w)], [(0,)], [900_000])[0])
+        .lower(w)
+        .compile()
+    )
+    memory = compiled.memory_analysis()
+    assert memory.output_size_in_bytes <= 1024 * 1024 + 64
+    # On eight devices the test process cannot take the array for local; alone it stores still less.
+    assert memory.temp_size_in_bytes + memory.output_size_in_bytes <= 1.3 * 4 * 1024 * 1024
+
+
+def test_vmap_over_the_number_pruned():
+    x = jnp.asarray(RNG.standard_normal((12, 11)), jnp.float32)
+    ks = jnp.arange(0, 133, 12, dtype=jnp.uint32)
+    masks = jax.vmap(
+        lambda k: selection.keep_largest([x], [(0,)], [counts.Count(jnp.uint32(0), k)])[0]
+    )(ks)
+    for mask, k in zip(masks, ks, strict=True):
+        assert np.array_equal(mask, reference([x], [(0,)], [int(k)])[0])
+
+
+@pytest.mark.parametrize(
+    "n", [1, 5, 35, 999_983, 2**24 + 1, 100_000_000, 2**31 + 7, 2**33 + 5, 2**37 + 1]
+)
+def test_traced_number_pruned_is_exact_at_any_size(n):
+    values = [0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 0.99, 0.999, 1.0, 1 / 3, 2 / 7, 1e-9]
+    got = jax.jit(lambda s: counts.num_pruned(s, n))(jnp.asarray(values, jnp.float32))
+    for s, high, low in zip(values, got.high, got.low, strict=True):
+        # What has up to six decimals is meant as such; anything else is the float32 that it is.
+        meant = Fraction(str(s)) if round(s, 6) == s else Fraction(float(np.float32(s)))
+        assert (int(high) << 32) + int(low) == round(meant * n), s
+
+
+@given(st.integers(0, 2**63), st.integers(0, 2**63))
+def test_two_word_arithmetic(a, b):
+    def value(c):
+        return (int(c.high) << 32) + int(c.low)
+
+    x, y = counts.as_count(a), counts.as_count(b)
+    assert value(counts.add(x, y)) == a + b
+    assert bool(counts.less(x, y)) == (a < b)
+    if a >= b:
+        assert value(counts.subtract(x, y)) == a - b
+    assert value(counts.minimum(x, y)) == min(a, b)
+    total = counts.exact_sum(
+        counts.Count(jnp.stack([x.high, y.high]), jnp.stack([x.low, y.low])), jnp.sum, True
+    )
+    assert value(total) == (a + b) % 2**64
+
+
+MESHES = [
+    pytest.param(kind, spec, id=f"{kind.name}-{spec}")
+    for kind in (AxisType.Explicit, AxisType.Auto)
+    for spec in (
+        PartitionSpec("x", "y"),
+        PartitionSpec(None, "x"),
+        PartitionSpec(("x", "y"), None),
+    )
+]
+
+
+def sharded(array, kind, spec):
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
+    return jax.device_put(array, NamedSharding(mesh, spec)), mesh
+
+
+@pytest.mark.parametrize(("kind", "spec"), MESHES)
+def test_sharded_selection_moves_counts_only(kind, spec):
+    values = [RNG.integers(0, 50, (64, 32)).astype(np.float32) for _ in range(2)]
+    arrays, meshes = zip(*(sharded(v, kind, spec) for v in values), strict=True)
+    with jax.set_mesh(meshes[0]):
+        for pools, pruned in (([(0, 1)], [3500]), ([(0,), (1,)], [1500, 777])):
+
+            @jax.jit
+            def select(arrays, pools=pools, pruned=pruned):
+                return selection.keep_largest(list(arrays), pools, pruned)
+
+            text = select.lower(arrays).compile().as_text()
+            for collective in ("all-gather", "all-to-all", "collective-permute"):
+                assert collective not in text, collective
+            assert "all-reduce" in text
+            got = select(arrays)
+            for mask, array, expected in zip(
+                got, arrays, reference(values, pools, pruned), strict=True
+            ):
+                assert mask.sharding.is_equivalent_to(array.sharding, 2)
+                assert np.array_equal(mask, expected)
