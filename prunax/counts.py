@@ -52,7 +52,7 @@ def number(value: Any, wide: bool) -> Number:
 
 def add(a: int | Count, b: int | Count) -> Count:
     """Add two numbers, each an int or a `Count`."""
-    a, b = as_count(a), as_count(b)
+    a, b = (Count(*map(jnp.asarray, as_count(x))) for x in (a, b))
     low = a.low + b.low
     return Count(a.high + b.high + (low < a.low).astype(jnp.uint32), low)
 
