@@ -262,12 +262,12 @@ def under_masks(b: Budget) -> Callable[[jax.Array, PyTree], optax.GradientTransf
     return lambda key, masks: transforms.fixed_masks(adam(b), masks)
 
 
-GRADUAL = {"begin": 0.1, "end": 0.7, "updates": 50}
+GRADUAL = {"begin": 0.05, "end": 0.5, "updates": 50}
 DYNAMIC = {"every": 100, "end": 0.75, "drop": 0.3}
 # Strengths of the L1 penalty, relative to the learning rate, that come near each sparsity.
 STRENGTHS = {
-    "mlp": {"0.8": 0.13, "0.9": 0.2, "0.95": 0.33, "0.98": 0.53, "0.99": 0.75},
-    "lenet5": {"0.8": 0.15, "0.9": 0.19, "0.95": 0.25, "0.98": 0.35, "0.99": 0.45},
+    "mlp": {"0.8": 0.1, "0.9": 0.155, "0.95": 0.22, "0.98": 0.39, "0.99": 0.55},
+    "lenet5": {"0.8": 0.12, "0.9": 0.157, "0.95": 0.21, "0.98": 0.3, "0.99": 0.37},
 }
 FAMILIES = {
     "gradual": "Pruned gradually",
@@ -331,7 +331,7 @@ METHODS: dict[str, Method] = {
         "late",
         "drawn to the nearest sparse weights",
         admm,
-        {"penalty": 0.01, "end": 0.7, "every": 32},
+        {"penalty": 0.003, "end": 0.7, "every": 32},
     ),
     "imp": Method("late", "lottery ticket: rewound and trained again", None, {"rewind": 0.1}),
     "imp-reinit": Method("late", "its masks with fresh weights", None, {"rewind": 0.1}),

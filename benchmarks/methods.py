@@ -36,7 +36,8 @@ examples:
 """
 SPARSITIES = (0.8, 0.9, 0.95, 0.98, 0.99)
 NETWORKS = {"mlp": "LeNet-300-100", "lenet5": "LeNet-5"}
-LEARNING_RATES = {"mlp": 2e-3, "lenet5": 2e-3}
+# Chosen on held-out images: dense training does as well at half the rate, sparse training less well.
+LEARNING_RATES = {"mlp": 4e-3, "lenet5": 4e-3}
 QUICK = {
     "network": ["mlp"],
     "methods": "dense static magnitude global erk one-shot straight-through proximal-l1 rigl snip".split(),
