@@ -114,36 +114,42 @@ def train_masked(
         if average is not None:
             averaged = average.update(averaged, params, updates)
 
-        before = [unpack(m, leaf) for m, leaf in zip(stored, leaves, strict=True)]
-
-        def renew(old: Arrays) -> tuple[Arrays, jax.Array]:
+        def renew(old: Arrays, grads: Arrays, inner_state: Any) -> tuple[Arrays, Arrays, Any, Any]:
+            before = [unpack(m, leaf) for m, leaf in zip(old, leaves, strict=True)]
             ranked, has_nan = next_masks(state.count, updates, averaged, chosen, before)
-            new = [jnp.where(has_nan, o, pack(mask)) for o, mask in zip(old, ranked, strict=True)]
-            return new, has_nan.astype(jnp.int32)
+            new = [jnp.where(has_nan, b, m) for b, m in zip(before, ranked, strict=True)]
+            if mask_gradients:
+                # A weight that comes back begins at zero without a past, and with the gradient of the next step.
+                grown = [m & ~b for m, b in zip(new, before, strict=True)]
+                none = jax.tree.map(lambda _: jnp.zeros((), jnp.bool_), params)
+                inner_state = optax.tree.map_params(
+                    inner,
+                    _forget,
+                    inner_state,
+                    chosen.put(grown, none),
+                    is_leaf=lambda node: isinstance(node, optax.MaskedNode),
+                )
+                grads = _zero(grads, [~g for g in grown])
+            return [pack(m) for m in new], grads, inner_state, has_nan.astype(jnp.int32)
 
-        stored, skipped = jax.lax.cond(
+        def keep(old: Arrays, grads: Arrays, inner_state: Any) -> tuple[Arrays, Arrays, Any, Any]:
+            return old, grads, inner_state, jnp.zeros((), jnp.int32)
+
+        # All that a mask update touches goes through: nothing of the old state is read afterwards, so that in other
+        # steps XLA passes buffers on instead of copying them.
+        stored, grads, inner_state, skipped = jax.lax.cond(
             is_update_step(state.count),
             renew,
-            lambda old: (old, jnp.zeros((), jnp.int32)),
+            keep,
             stored,
+            chosen.take("prune", "updates", updates),
+            state.inner_state,
         )
         masks = [unpack(m, leaf) for m, leaf in zip(stored, leaves, strict=True)]
 
-        inner_updates, inner_params, inner_state = updates, params, state.inner_state
+        inner_updates, inner_params = updates, params
         if mask_gradients:
-            # A weight that comes back begins at zero without a past, and with the gradient of the next step.
-            grown = [m & ~b for m, b in zip(masks, before, strict=True)]
-            none = jax.tree.map(lambda _: jnp.zeros((), jnp.bool_), params)
-            inner_state = optax.tree.map_params(
-                inner,
-                _forget,
-                inner_state,
-                chosen.put(grown, none),
-                is_leaf=lambda node: isinstance(node, optax.MaskedNode),
-            )
-            grads = chosen.take("prune", "updates", updates)
-            active = [m & b for m, b in zip(masks, before, strict=True)]
-            inner_updates = chosen.put(_zero(grads, active), updates)
+            inner_updates = chosen.put(_zero(grads, masks), updates)
             inner_params = chosen.put(_zero(leaves, masks), params)
         new_updates, inner_state = inner.update(
             inner_updates, inner_state, inner_params, **extra_args

@@ -1,0 +1,209 @@
+"""Times what pruning adds to training, side by side with dense training.
+
+Three questions: a training step in which the masks stay as they are, with bool and with packed masks; a whole run with
+gradual pruning, a new mask every 100 steps; a whole run with straight-through masks, new in every step. Dense and
+pruned calls take turns; each ratio is the median over the turns of the ratio within a turn, so that a slow moment of
+the machine falls on both.
+"""
+
+import argparse
+import functools
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from rich.console import Console
+
+import prunax
+from benchmarks import harness
+
+PyTree = Any
+SIZES = {
+    "4 x 1024 x 1024": (1024, 1024, 1024, 1024, 1024),
+    "LeNet-300-100": (784, 300, 100, 10),
+}
+BATCH = 128
+
+
+def init(sizes: tuple[int, ...]) -> PyTree:
+    keys = jax.random.split(jax.random.key(0), len(sizes))
+    he = jax.nn.initializers.he_normal()
+    return {
+        f"dense_{i}": {"kernel": he(key, (a, b)), "bias": jnp.zeros(b)}
+        for i, (key, a, b) in enumerate(zip(keys, sizes[:-1], sizes[1:], strict=False))
+    }
+
+
+def apply(params: PyTree, x: jax.Array) -> jax.Array:
+    for i, layer in enumerate(params.values()):
+        x = x @ layer["kernel"] + layer["bias"]
+        x = jax.nn.relu(x) if i + 1 < len(params) else x
+    return x
+
+
+class Run:
+    """Training from fresh params: `run()` goes on by some steps, and returns when they are done."""
+
+    def __init__(
+        self,
+        optimizer: optax.GradientTransformation,
+        sizes: tuple[int, ...],
+        steps: int,
+        forward: Callable[[PyTree], PyTree] = lambda params: params,
+        restart: bool = False,
+    ) -> None:
+        self.params = init(sizes)
+        self.state = optimizer.init(self.params)
+        self.restart = restart
+        x = jax.random.normal(jax.random.key(1), (16, BATCH, sizes[0]))
+        y = jax.random.randint(jax.random.key(2), (16, BATCH), 0, sizes[-1])
+
+        def loss(params: PyTree, i: jax.Array) -> jax.Array:
+            logits = apply(forward(params), x[i % 16])
+            return optax.softmax_cross_entropy_with_integer_labels(logits, y[i % 16]).mean()
+
+        def step(i: jax.Array, carry: tuple[PyTree, Any]) -> tuple[PyTree, Any]:
+            params, state = carry
+            updates, state = optimizer.update(jax.grad(loss)(params, i), state, params)
+            return optax.apply_updates(params, updates), state
+
+        @jax.jit
+        def many(params: PyTree, state: Any) -> tuple[PyTree, Any]:
+            return jax.lax.fori_loop(0, steps, step, (params, state))
+
+        self.many = many.lower(self.params, self.state).compile()
+
+    def __call__(self) -> float:
+        """The seconds that it took."""
+        begin = time.perf_counter()
+        params, state = jax.block_until_ready(self.many(self.params, self.state))
+        seconds = time.perf_counter() - begin
+        if not self.restart:
+            self.params, self.state = params, state
+        return seconds
+
+
+def compare(runs: Mapping[str, Run], repeats: int, on_turn: Callable[[], None]) -> dict[str, Any]:
+    """Seconds of each run, and the ratio of each to the first."""
+    for run in runs.values():
+        run()
+    turns: list[dict[str, float]] = []
+    for _ in range(repeats):
+        turns.append({name: run() for name, run in runs.items()})
+        on_turn()
+    first = next(iter(runs))
+    return {
+        "seconds": {n: statistics.median(t[n] for t in turns) for n in runs},
+        "ratio": {n: statistics.median(t[n] / t[first] for t in turns) for n in runs},
+    }
+
+
+def mask_bytes(run: Run) -> float:
+    """Bytes of the masks relative to those of the params."""
+    masks = optax.tree.get(run.state, "masks")
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(masks))
+    return size / sum(leaf.nbytes for leaf in jax.tree.leaves(run.params))
+
+
+def cases(
+    adam: optax.GradientTransformation,
+) -> dict[str, tuple[int, Callable[[], dict[str, Run]]]]:
+    """What is compared: steps in a turn, and the runs, the dense one first."""
+    wide, lenet = SIZES.values()
+    gradual = prunax.schedules.polynomial(0.9, 100, 1900, every=100)
+
+    def masks(params: PyTree) -> PyTree:
+        return prunax.compute_masks(params, 0.9)
+
+    def through(params: PyTree) -> PyTree:
+        return prunax.straight_through(params, masks(params))
+
+    step = functools.partial(Run, sizes=wide, steps=10)
+    whole = functools.partial(Run, sizes=wide, steps=200, restart=True)
+    small = functools.partial(Run, sizes=lenet, steps=2000, restart=True)
+    short = prunax.schedules.polynomial(0.9, 100, 200, every=100)
+    return {
+        "a step without mask update, 4 x 1024 x 1024": (
+            10,
+            lambda: {
+                "dense": step(adam),
+                "bool": step(prunax.prune(adam, 0.9)),
+                "packed": step(prunax.prune(adam, 0.9, packed=True)),
+            },
+        ),
+        "gradual, masks every 100 steps, 4 x 1024 x 1024": (
+            200,
+            lambda: {
+                "dense": whole(adam),
+                "bool": whole(prunax.prune(adam, short)),
+                "packed": whole(prunax.prune(adam, short, packed=True)),
+            },
+        ),
+        "gradual, masks every 100 steps, LeNet-300-100": (
+            2000,
+            lambda: {
+                "dense": small(adam),
+                "bool": small(prunax.prune(adam, gradual)),
+                "packed": small(prunax.prune(adam, gradual, packed=True)),
+            },
+        ),
+        "straight-through, masks every step, LeNet-300-100": (
+            2000,
+            lambda: {"dense": small(adam), "straight-through": small(adam, forward=through)},
+        ),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer turns")
+    parser.add_argument("--only", help="cases whose name holds this")
+    parser.add_argument("--out", type=Path, default=harness.OUT)
+    args = parser.parse_args()
+    console = Console()
+    chosen = {n: c for n, c in cases(optax.adam(1e-3)).items() if (args.only or "") in n}
+    repeats = {
+        n: 5 if args.quick else (60 if steps == 10 else 9) for n, (steps, _) in chosen.items()
+    }
+    results: dict[str, Any] = {}
+    with harness.progress(console) as progress:
+        task = progress.add_task("overhead", total=sum(repeats.values()), note="")
+        for name, (steps, make) in chosen.items():
+            progress.update(task, note=f"{name}: compiling")
+            runs = make()
+            progress.update(task, note=name)
+            results[name] = {"steps": steps, "turns": repeats[name]} | compare(
+                runs, repeats[name], lambda: progress.update(task, advance=1)
+            )
+            pruned = {n: run for n, run in runs.items() if n in ("bool", "packed")}
+            results[name]["mask bytes / params bytes"] = {
+                n: round(mask_bytes(run), 5) for n, run in pruned.items()
+            }
+    rows = [
+        (
+            name,
+            kind,
+            f"{1e3 * result['seconds'][kind] / result['steps']:.3f}",
+            f"{result['ratio'][kind]:.3f}",
+            f"{result['mask bytes / params bytes'].get(kind, 0):.4f}",
+        )
+        for name, result in results.items()
+        for kind in result["seconds"]
+    ]
+    columns = "training", "masks", "ms a step", "against dense", "mask bytes / params bytes"
+    table = harness.Table(f"Adam, batch {BATCH}, float32, 90% pruned; medians", columns, rows)
+    console.print(table)
+    file = args.out / "overhead.json"
+    content = {"command": "python -m benchmarks.overhead", "environment": harness.environment()}
+    harness.write_json(file, content | {"results": results})
+    file.with_suffix(".md").write_text(f"# {table.title}\n\n{table.markdown()}\n")
+    console.print(f"Figures: {file} and .md", soft_wrap=True, highlight=False)
+
+
+if __name__ == "__main__":
+    main()
