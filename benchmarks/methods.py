@@ -32,6 +32,7 @@ EXAMPLES = """\
 examples:
   python -m benchmarks.methods --quick
   python -m benchmarks.methods --out benchmarks/results
+  python -m benchmarks.methods --long --out benchmarks/results
   python -m benchmarks.methods --network mlp --methods rigl set static --sparsities 0.98
 """
 SPARSITIES = (0.8, 0.9, 0.95, 0.98, 0.99)
@@ -50,6 +51,15 @@ FULL = {
     "sparsities": list(SPARSITIES),
     "seeds": 3,
 }
+# What the expectations are about, with as much training as sparse networks need to catch up.
+LONG = {
+    "network": ["mlp"],
+    "methods": "dense magnitude global erk static set rigl".split(),
+    "sparsities": [0.9, 0.95, 0.98],
+    "seeds": 3,
+}
+# How many training images a run sees, one by one. Convolutions cost more.
+IMAGES = {"mlp": 600_000, "lenet5": 300_000}
 
 
 class Outcome(NamedTuple):
@@ -612,16 +622,16 @@ def claims_table(records: Sequence[Mapping[str, Any]], network: str) -> harness.
     return harness.Table(f"{NETWORKS[network]}: expectations", columns, rows)
 
 
-def tables(content: Mapping[str, Any]) -> dict[str, harness.Table]:
-    """All tables of a results file, by the name that `render.py` knows them by."""
+def tables(content: Mapping[str, Any], stem: str = "methods") -> dict[str, harness.Table]:
+    """All tables of a results file of a stem, by the name that `render.py` knows them by."""
     records = content["records"]
     named = {}
     for network in NETWORKS:
         if any(r["network"] == network for r in records):
-            named[f"methods/{network}"] = accuracy_table(records, network)
+            named[f"{stem}/{network}"] = accuracy_table(records, network)
             claims = claims_table(records, network)
             if claims.rows:
-                named[f"methods/{network}/claims"] = claims
+                named[f"{stem}/{network}/claims"] = claims
     return named
 
 
@@ -629,7 +639,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line. Exits with code 2 and one line on a bad argument."""
     parser = _parser()
     args = parser.parse_args(sys.argv[1:] if arguments is None else list(arguments))
-    for name, value in (QUICK if args.quick else FULL).items():
+    length = "quick" if args.quick else "long" if args.long else "full"
+    for name, value in {"quick": QUICK, "full": FULL, "long": LONG}[length].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     console = rich.console.Console()
@@ -638,20 +649,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.validation:
         dataset = datasets.hold_out(dataset)
     budgets = {
-        network: budget_for(network, dataset, args.epochs, quick=args.quick)
-        for network in args.network
+        network: budget_for(network, dataset, args.epochs, length) for network in args.network
     }
     one = budgets[args.network[0]]
     settings = {
         "dataset": dataset.name,
         "images": {"train": len(dataset.train_labels), "evaluated": len(dataset.test_labels)},
         "validation": args.validation,
-        "epochs": one.epochs,
+        "epochs": {network: budget.epochs for network, budget in budgets.items()},
         "batch_size": one.batch_size,
         "learning_rates": LEARNING_RATES,
         "seeds": list(range(args.seeds)),
     }
-    stem = "methods-quick" if args.quick else "methods"
+    stem = "methods" if length == "full" else f"methods-{length}"
     stem += "-validation" if args.validation else ""
     try:
         results = Results(args.out / f"{stem}.json", settings)
@@ -685,7 +695,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     kind = "held-out training" if args.validation else "test"
     head = (
         f"# Methods on {dataset.name}\n\nWritten by `{content['command']}`: mean ± standard deviation of "
-        f"{args.seeds} seeds on {len(dataset.test_labels)} {kind} images, {one.epochs} epochs.\n"
+        f"{args.seeds} seeds on {len(dataset.test_labels)} {kind} images, "
+        f"{', '.join(f'{NETWORKS[n]} after {b.epochs} epochs' for n, b in budgets.items())}.\n"
     )
     results.path.with_suffix(".md").write_text("\n".join([head, *texts]))
     figures.save_methods(results.path.with_suffix(".png"), content, method_recipes.FAMILIES)
@@ -694,12 +705,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def budget_for(
-    network: str, dataset: datasets.Dataset, epochs: int | None, *, quick: bool
+    network: str, dataset: datasets.Dataset, epochs: int | None, length: str = "full"
 ) -> Budget:
-    """As many epochs as see 600,000 images, or a fifth of it, unless a number is given."""
+    """As many epochs as see `IMAGES`, a fifth of it (quick) or thrice it (long), unless a number is given."""
     count = len(dataset.train_labels)
     batch_size = 128 if count > 10_000 else 32
-    epochs = epochs or max(600_000 // count // (5 if quick else 1), 1)
+    images = IMAGES[network] * {"quick": 0.2, "full": 1, "long": 3}[length]
+    epochs = epochs or max(round(images / count), 1)
     steps = loop.steps_per_epoch(count, batch_size)
     return Budget(network, epochs, steps, batch_size, LEARNING_RATES[network])
 
@@ -725,6 +737,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--quick", action="store_true", help="few methods and sparsities, short training")
+    add(
+        "--long",
+        action="store_true",
+        help="what the expectations are about, trained thrice as long",
+    )
     add("--dataset", default="fashion_mnist", help="(fashion_mnist; digits where it is not there)")
     add("--network", nargs="+", choices=NETWORKS, help="(all)")
     add("--methods", nargs="+", choices=METHODS, metavar="NAME", help="(all)")
@@ -733,7 +750,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--epochs",
         type=int,
-        help="of each run (as many as see 600,000 images; a fifth of it with --quick)",
+        help="of each run (what sees 600,000 images, half of it with LeNet-5)",
     )
     add("--validation", action="store_true", help="hold out training images and evaluate on them")
     add("--out", type=Path, default=harness.OUT, help="folder of the results (benchmarks/out)")

@@ -201,7 +201,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     begin = time.perf_counter()
     dataset = methods.load(args.dataset, console)
     data, classes = loop.Data(*map(jnp.asarray, dataset[1:5])), dataset.num_classes
-    budget = methods.budget_for(args.network, dataset, args.epochs, quick=args.quick)
+    budget = methods.budget_for(
+        args.network, dataset, args.epochs, "quick" if args.quick else "full"
+    )
     settings = {
         "dataset": dataset.name,
         "epochs": budget.epochs,
