@@ -40,6 +40,10 @@ class Pattern(Protocol):
         """Say what keeps the pattern from fitting a leaf of this shape, or None."""
         ...
 
+    def tile(self, ndim: int) -> Shape:
+        """Say for each axis of a leaf how many neighbours must lie on one device where the axis is sharded."""
+        ...
+
     def unit_shape(self, shape: Shape) -> Shape:
         """Shape of the unit scores of a leaf."""
         ...
@@ -69,6 +73,9 @@ class Unstructured:
 
     def check(self, shape: Shape) -> str | None:
         return None
+
+    def tile(self, ndim: int) -> Shape:
+        return (1,) * ndim
 
     def unit_shape(self, shape: Shape) -> Shape:
         return shape
@@ -120,6 +127,9 @@ class ConstantFanIn:
 
     def check(self, shape: Shape) -> str | None:
         return _check_axes(self.axis, shape)
+
+    def tile(self, ndim: int) -> Shape:
+        return (1,) * ndim
 
     def unit_shape(self, shape: Shape) -> Shape:
         axes = self._axes(len(shape))
@@ -197,6 +207,9 @@ class NM:
             )
         return problem
 
+    def tile(self, ndim: int) -> Shape:
+        return tuple(self.m if a == self.axis % ndim else 1 for a in range(ndim))
+
     def unit_shape(self, shape: Shape) -> Shape:
         a = self.axis % len(shape)
         return (*shape[:a], shape[a] // self.m, self.m, *shape[a + 1 :])
@@ -248,6 +261,9 @@ class Block:
             if len(shape) >= 2
             else f"blocks tile the last two axes, and the shape {shape} has fewer"
         )
+
+    def tile(self, ndim: int) -> Shape:
+        return (1,) * (ndim - 2) + self.shape
 
     def unit_shape(self, shape: Shape) -> Shape:
         (h, w), (rows, columns) = self.shape, shape[-2:]
@@ -310,6 +326,9 @@ class Channel:
     def check(self, shape: Shape) -> str | None:
         return _check_axes(self.axis, shape)
 
+    def tile(self, ndim: int) -> Shape:
+        return (1,) * ndim
+
     def unit_shape(self, shape: Shape) -> Shape:
         return (shape[self.axis],)
 
@@ -330,6 +349,23 @@ def check_fit(function: str, pattern: Pattern, leaves: Sequence[tuple[str, Shape
             raise ValueError(
                 f"{function}: {pattern} does not fit {path!r} of shape {shape}: {problem}."
             )
+
+
+def check_shards(function: str, pattern: Pattern, leaves: Sequence[tuple[str, jax.Array]]) -> None:
+    """Raise ValueError, naming leaf and axis, where an array's type (explicit sharding) cuts a unit in two.
+
+    On a mesh whose axes are automatic nothing is known of the sharding here, and XLA moves what it needs to.
+    """
+    for path, leaf in leaves:
+        shape, tile = jnp.shape(leaf), pattern.tile(jnp.ndim(leaf))
+        for axis, (n, parts) in enumerate(zip(shape, trees.shards(leaf), strict=True)):
+            if parts > 1 and n // parts % tile[axis]:
+                raise ValueError(
+                    f"{function}: {pattern} takes {tile[axis]} neighbours along axis {axis} together, and the sharding "
+                    f"of {path!r} ({jax.typeof(leaf).sharding.spec}) leaves {n // parts} of {n} on each device. Do not "
+                    f"shard axis {axis}, or only so that {tile[axis]} divides what a device holds; or use a mesh "
+                    f"whose axes are AxisType.Auto."
+                )
 
 
 def _check_axes(axis: int | tuple[int, ...], shape: Shape) -> str | None:

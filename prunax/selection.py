@@ -170,12 +170,8 @@ class _Leaf(NamedTuple):
 
 def _leaf(score: Score, dtype=None) -> _Leaf:
     aval = jax.eval_shape(value_of, score)
-    spec, shards = (), (1,) * len(aval.shape)
-    sharding = getattr(aval, "sharding", None)
-    if sharding is not None and any(sharding.spec):
-        spec = tuple(sharding.spec)
-        parts = [(names,) if isinstance(names, str) else tuple(names or ()) for names in spec]
-        shards = tuple(math.prod(sharding.mesh.shape[name] for name in names) for names in parts)
+    shards = trees.shards(aval)
+    spec = tuple(aval.sharding.spec) if math.prod(shards) > 1 else ()
     return _Leaf(
         tuple(aval.shape), np.dtype(dtype or aval.dtype), spec, shards, jax.device_count() == 1
     )

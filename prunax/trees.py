@@ -3,6 +3,7 @@
 Every path in prunax is spelled here, once: ``encoder/0/kernel``.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -86,6 +87,15 @@ def is_kernel(path: str, leaf: Any) -> bool:
 def is_array(leaf: Any) -> bool:
     """Say whether a leaf has a shape and a dtype: a JAX or NumPy array, a tracer, or an abstract array."""
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def shards(leaf: Any) -> tuple[int, ...]:
+    """Say in how many parts each axis of an array is, as far as its type tells: on meshes of explicit axes."""
+    aval = jax.typeof(leaf) if isinstance(leaf, jax.Array) else leaf
+    spec = getattr(getattr(aval, "sharding", None), "spec", None) or ()
+    names = [(part,) if isinstance(part, str) else tuple(part or ()) for part in spec]
+    names += [()] * (len(leaf.shape) - len(names))
+    return tuple(math.prod(aval.sharding.mesh.shape[n] for n in part) for part in names)
 
 
 def wide_dtype(*dtypes: Any) -> Any:

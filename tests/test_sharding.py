@@ -49,6 +49,33 @@ def test_every_pattern_keeps_bits_and_sharding(pattern, kind, spec):
     assert np.array_equal(mask, expected)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "spec", "axis"),
+    [
+        (patterns.NM(8, 32), PartitionSpec("x", "y"), 0),
+        (patterns.NM(4, 32, axis=-1), PartitionSpec("x", "y"), 1),
+        (patterns.Block((4, 24)), PartitionSpec("x", "y"), 1),
+        (patterns.Block((16, 4)), PartitionSpec(("x", "y"), None), 0),
+    ],
+    ids=str,
+)
+def test_units_that_straddle_shards_are_refused_or_moved(pattern, spec, axis):
+    mesh, params = make(AxisType.Explicit, spec)
+    with jax.set_mesh(mesh):
+        with pytest.raises(
+            ValueError, match=f"along axis {axis} .*'kernel'.*Do not shard axis {axis}"
+        ):
+            prunax.compute_masks(params, 0.5, pattern=pattern)
+        tx = prunax.prune(optax.sgd(0.1), 0.5, pattern=pattern)
+        with pytest.raises(ValueError, match=f"prune: .*Do not shard axis {axis}"):
+            jax.jit(tx.update)(params, tx.init(params), params)
+    mesh, params = make(AxisType.Auto, spec)
+    with jax.set_mesh(mesh):
+        mask = prunax.compute_masks(params, 0.5, pattern=pattern)["kernel"]
+    expected = prunax.compute_masks({"kernel": VALUES}, 0.5, pattern=pattern)["kernel"]
+    assert np.array_equal(mask, expected)
+
+
 @pytest.mark.relaxed_promotion
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("kind", KINDS, ids=str)

@@ -108,6 +108,7 @@ def train_masked(
         chosen = trees.select(params, where)
         leaves = chosen.leaves
         patterns.check_fit("prune", pattern, chosen.shapes)
+        patterns.check_shards("prune", pattern, list(zip(chosen.paths, chosen.leaves, strict=True)))
         stored = chosen.take("prune", "masks in the state", state.masks)
 
         averaged = state.averaged_scores
