@@ -16,6 +16,7 @@ LAYERS = [
     {"masks", "report", "plots"},
     {"transforms", "initialization", "lottery", "calibration", "structured", "search", "export"},
     {"cli"},
+    {"__main__"},
 ]
 LAYER = {part: depth for depth, parts in enumerate(LAYERS) for part in parts}
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-__all__ = ["Entry", "FormatError", "Reader", "Writer", "header_room"]
+__all__ = ["Entry", "FormatError", "Reader", "Writer"]
 
 # The reference reader takes headers of 100 MB. A hundred thousand tensors need about 10.
 MAX_HEADER = 16 << 20

@@ -1,0 +1,248 @@
+"""``prunax prune``: one tensor in memory at a time, wherever the allocation can do with that."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+
+from prunax import masks as mask_trees
+from prunax import patterns
+from prunax.cli import ranking
+from prunax.cli.sources import OrbaxSource, SafetensorsSource, Tensor, UsageError, save_orbax
+from prunax.export import encoding
+from prunax.export.store import ArrayWriter
+
+__all__ = ["Request", "Result"]
+
+_PIECE = 1 << 20  # elements looked at at once
+_SLAB = 1 << 22  # elements ranked at once, where the pattern allows it
+
+Step = Callable[[str], None]  # told the name of each tensor that is written
+
+
+class Request(NamedTuple):
+    """What to do.
+
+    Attributes:
+        chosen: The tensors to prune.
+        pattern: The pattern.
+        sparsity: Fraction to remove, or None where the pattern says it.
+        allocation: How the sparsity is shared out.
+    """
+
+    chosen: Sequence[Tensor]
+    pattern: patterns.Pattern
+    sparsity: float | None
+    allocation: Any
+
+
+class Result(NamedTuple):
+    """What was done.
+
+    Attributes:
+        weights: Number of weights in the pruned tensors.
+        kept: How many of their masks' elements are True.
+    """
+
+    weights: int
+    kept: int
+
+
+class Masks:
+    """Masks of tensors, made when they are asked for, in the order of the file.
+
+    Only patterns and allocations that look at many tensors at once (blocks or LAMP scores ranked globally) hold them in
+    memory: others are ranked within one tensor, or by reading the file more than once.
+    """
+
+    def __init__(self, source: SafetensorsSource | OrbaxSource, request: Request) -> None:
+        shapes = [(t.name, t.shape) for t in request.chosen]
+        patterns.check_fit("prune", request.pattern, shapes)
+        self._source, self._request = source, request
+        self._plan = mask_trees.plan(
+            shapes, request.sparsity, allocation=request.allocation, pattern=request.pattern
+        )
+        self._pool_of = {i: p for p, pool in enumerate(self._plan.pools) for i in pool}
+        self._cuts: dict[int, ranking.Cut] = {}
+        self._packed: dict[int, np.ndarray] = {}
+        self.kept = 0
+
+    def apply(self, index: int) -> np.ndarray:
+        """Read a chosen tensor and set to zero what is pruned."""
+        array = self._read(index)
+        pool = self._pool_of.get(index)
+        mask = np.ones(array.shape, np.bool_) if pool is None else self._mask(index, pool, array)
+        self.kept += int(np.count_nonzero(mask))
+        # As integers: whatever a pruned number was, all its bits become zero.
+        bits = array.reshape(-1).view(np.dtype(f"u{array.dtype.itemsize}"))
+        np.logical_not(mask, out=mask)
+        np.copyto(bits, 0, where=mask.reshape(-1))
+        return array
+
+    def _read(self, index: int) -> np.ndarray:
+        name = self._request.chosen[index].name
+        array = self._source.read(name)
+        flat = array.reshape(-1)
+        if any(np.isnan(flat[i : i + _PIECE]).any() for i in range(0, flat.size, _PIECE)):
+            raise UsageError(
+                f"{name!r} contains NaN, which cannot be ranked. Leave it out with --exclude, or mend the file."
+            )
+        return array
+
+    def _mask(self, index: int, pool: int, array: np.ndarray) -> np.ndarray:
+        members = self._plan.pools[pool]
+        if self._request.pattern == patterns.Unstructured() and self._plan.rescale is None:
+            if pool not in self._cuts:
+                self._cuts[pool] = self._cut(pool, array)
+            mask, self._cuts[pool] = ranking.apply_cut(array, self._cuts[pool])
+            return mask
+        if self._request.pattern.compare_axis is not None:
+            return self._mask_in_slabs(pool, array)
+        if index not in self._packed:
+            arrays = [array if i == index else self._read(i) for i in members]
+            for i, mask in zip(members, self._select(pool, arrays), strict=True):
+                self._packed[i] = encoding.pack_bits(mask)
+        return encoding.unpack_bits(self._packed.pop(index), array.shape)
+
+    def _cut(self, pool: int, array: np.ndarray) -> ranking.Cut:
+        members = self._plan.pools[pool]
+        dtype = ranking.common_dtype(self._request.chosen[i].dtype for i in members)
+        read = (lambda: [array]) if len(members) == 1 else (lambda: map(self._read, members))
+        return ranking.find_cut(read, dtype, self._plan.budgets[pool])
+
+    def _mask_in_slabs(self, pool: int, array: np.ndarray) -> np.ndarray:
+        """Contests within slices do not meet, so that a slab of slices is ranked at a time."""
+        pattern: Any = self._request.pattern
+        inputs = pattern.axis % array.ndim
+        axis = max((a for a in range(array.ndim) if a != inputs), key=lambda a: array.shape[a])
+        length = max(1, _SLAB * array.shape[axis] // max(array.size, 1))
+        mask = np.empty(array.shape, np.bool_)
+        for start in range(0, array.shape[axis], length):
+            slab = tuple(
+                slice(start, start + length) if a == axis else slice(None)
+                for a in range(array.ndim)
+            )
+            (mask[slab],) = self._select(pool, [array[slab]])
+        return mask
+
+    def _select(self, pool: int, arrays: list[np.ndarray]) -> list[np.ndarray]:
+        members = tuple(range(len(arrays)))
+        wide = any(array.dtype == np.float64 for array in arrays)
+        with jax.enable_x64(True) if wide else contextlib.nullcontext():
+            kept = mask_trees.select_masks(
+                [Partial(jnp.abs, jnp.asarray(array)) for array in arrays],
+                [self._plan.budgets[pool]],
+                pattern=self._request.pattern,
+                structure=((members,), self._plan.rescale),
+            )
+            return [np.array(mask) for mask in kept]
+
+
+def prune(
+    source: SafetensorsSource | OrbaxSource,
+    out: Path,
+    request: Request,
+    *,
+    compress: bool,
+    to_orbax: bool,
+    overwrite: bool,
+    step: Step,
+) -> Result:
+    """Prune the chosen tensors and write all of them.
+
+    Args:
+        source: What to read.
+        out: What to write.
+        request: What to prune.
+        compress: Whether pruned tensors are stored as bits and kept weights.
+        to_orbax: Whether `out` is a checkpoint folder.
+        overwrite: Whether it may be there already.
+        step: Told of each tensor.
+
+    Returns:
+        The `Result`.
+    """
+    # Ties go to the weights written first.
+    order = list(_in_order(source.tensors))
+    wanted = {t.name for t in request.chosen}
+    chosen = [source.tensors[name] for name in order if name in wanted]
+    request = request._replace(chosen=chosen)
+    masks = Masks(source, request)
+    places = {t.name: i for i, t in enumerate(request.chosen)}
+    if to_orbax:
+        arrays = {}
+        for name in order:
+            arrays[name] = masks.apply(places[name]) if name in places else source.read(name)
+            step(name)
+        tree = source.rebuild(arrays) if isinstance(source, OrbaxSource) else _nested(arrays)
+        save_orbax(out, tree, overwrite=overwrite)
+    else:
+        with _writer(source, out, request, compress=compress, overwrite=overwrite) as writer:
+            for name in order:
+                if name in places:
+                    writer.add(name, masks.apply(places[name]))
+                else:
+                    source.write_to(writer, name)
+                step(name)
+    return Result(sum(t.size for t in request.chosen), masks.kept)
+
+
+def convert(
+    source: SafetensorsSource | OrbaxSource,
+    out: Path,
+    *,
+    compress: bool,
+    overwrite: bool,
+    step: Step,
+) -> None:
+    """Write the same tensors compressed or plain."""
+    with _writer(source, out, None, compress=compress, overwrite=overwrite) as writer:
+        for name in _in_order(source.tensors):
+            source.write_to(writer, name)
+            step(name)
+
+
+def _writer(
+    source: SafetensorsSource | OrbaxSource,
+    out: Path,
+    request: Request | None,
+    *,
+    compress: bool,
+    overwrite: bool,
+) -> ArrayWriter:
+    own = ("prunax.format", "prunax.kind", "prunax.version", "prunax.leaves", "prunax.sha256")
+    metadata = {key: text for key, text in source.metadata.items() if key not in own}
+    if request is not None:
+        metadata["prunax.pattern"] = repr(request.pattern)
+        metadata.pop("prunax.sparsity", None)
+        if request.sparsity is not None:
+            metadata["prunax.sparsity"] = repr(request.sparsity)
+    leaves = {t.name: (t.shape, t.dtype_name) for t in source.tensors.values()}
+    kind = "params" if compress else None
+    return ArrayWriter(out, leaves, kind=kind, metadata=metadata, overwrite=overwrite)
+
+
+def _in_order(tensors: dict[str, Tensor]) -> Iterator[str]:
+    """Wide elements first, so that each tensor is aligned in the file; else the order of the source."""
+    return iter(sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize))
+
+
+def _nested(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Nested dicts from names with dots or slashes."""
+    tree: dict[str, Any] = {}
+    for name, array in arrays.items():
+        *folders, last = name.replace(".", "/").split("/")
+        if not all([*folders, last]):
+            raise UsageError(f"{name!r} has an empty part. Write a safetensors file.")
+        node = tree
+        for part in folders:
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise UsageError(f"{name!r} lies within another tensor. Write a safetensors file.")
+        node[last] = array
+    return tree
