@@ -90,6 +90,17 @@ def test_ranking_is_that_of_compute_masks(name, sparsity, size, levels, seed):
         np.testing.assert_array_equal(mask, np.asarray(expected))
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize(("n", "m"), [(0, 2), (1, 2), (2, 4), (5, 8), (8, 8)])
+def test_ranking_in_groups_is_that_of_compute_masks(axis, n, m):
+    array = np.random.default_rng(n).integers(-5, 6, (8, 16, 24)).astype(ml_dtypes.bfloat16)
+    pattern = prunax.patterns.NM(n, m, axis=axis)
+    mask = prunax.compute_masks({"w": jnp.asarray(array)}, pattern=pattern)["w"]
+    np.testing.assert_array_equal(
+        ranking.largest_in_groups(array, axis, m, m - n), np.asarray(mask)
+    )
+
+
 def test_ranking_of_wide_and_extreme_numbers():
     array = np.array([5e-324, -1.0, 0.0, np.inf, 1 + 2**-52, -0.0, 1.0])
     order = np.argsort(np.abs(array), kind="stable")

@@ -20,7 +20,8 @@ from prunax.export.store import ArrayWriter
 __all__ = ["Request", "Result"]
 
 _PIECE = 1 << 20  # elements looked at at once
-_SLAB = 1 << 22  # elements ranked at once, where the pattern allows it
+_SLAB = 1 << 20  # elements ranked at once, where the pattern allows it
+_PAIRWISE = 16  # groups up to this length are ranked without compiling anything
 
 Step = Callable[[str], None]  # told the name of each tensor that is written
 
@@ -127,7 +128,11 @@ class Masks:
                 slice(start, start + length) if a == axis else slice(None)
                 for a in range(array.ndim)
             )
-            (mask[slab],) = self._select(pool, [array[slab]])
+            if isinstance(pattern, patterns.NM) and pattern.m <= _PAIRWISE:
+                budget = self._plan.budgets[pool]
+                mask[slab] = ranking.largest_in_groups(array[slab], inputs, pattern.m, budget)
+            else:
+                (mask[slab],) = self._select(pool, [array[slab]])
         return mask
 
     def _select(self, pool: int, arrays: list[np.ndarray]) -> list[np.ndarray]:

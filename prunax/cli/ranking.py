@@ -96,6 +96,33 @@ def apply_cut(array: np.ndarray, cut: Cut) -> tuple[np.ndarray, Cut]:
     return mask.reshape(array.shape), cut._replace(kept_ties=left)
 
 
+def largest_in_groups(array: np.ndarray, axis: int, group: int, num_pruned: int) -> np.ndarray:
+    """Rank within groups of neighbours, by comparing all pairs of each.
+
+    Args:
+        array: A tensor, or a slab of one.
+        axis: The axis along which groups run, not negative.
+        group: Length of a group.
+        num_pruned: Weights to prune in each.
+
+    Returns:
+        A bool mask, True = kept.
+    """
+    dtype = common_dtype([array.dtype])
+    keys = np.concatenate([*_keys(np.ascontiguousarray(array), dtype)] or [array]).reshape(
+        *array.shape[:axis], -1, group, *array.shape[axis + 1 :]
+    )
+    keys = np.moveaxis(keys, axis + 1, 0)
+    mask = np.empty(keys.shape, np.bool_)
+    for i in range(group):
+        ahead = np.zeros(keys.shape[1:], np.uint8 if group < 256 else np.int64)
+        for j in range(group):
+            if j != i:
+                ahead += keys[j] >= keys[i] if j < i else keys[j] > keys[i]
+        np.less(ahead, group - num_pruned, out=mask[i])
+    return np.moveaxis(mask, 0, axis + 1).reshape(array.shape)
+
+
 def _keys(array: np.ndarray, dtype: np.dtype) -> Iterator[np.ndarray]:
     flat = array.reshape(-1)
     unsigned = np.dtype(f"u{dtype.itemsize}")
