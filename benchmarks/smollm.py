@@ -48,6 +48,18 @@ def rotate(x: jax.Array, base: float) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
+def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Causal attention: queries (kv heads, group, length, d), keys (kv heads, d, length), values (kv heads, length, d).
+
+    Each key-value head meets all query heads of its group in one matrix product.
+    """
+    heads, group, length, width = q.shape
+    logits = (q.reshape(heads, -1, width) @ k).reshape(heads, group, length, length)
+    causal = jnp.tril(jnp.ones((length, length), bool))
+    weights = jax.nn.softmax(jnp.where(causal[None, None], logits, -jnp.inf))
+    return (weights.reshape(heads, -1, length) @ v).reshape(q.shape)
+
+
 class Attention(nn.Module):
     """Causal attention in which groups of query heads share a key and value head."""
 
@@ -61,11 +73,10 @@ class Attention(nn.Module):
             for name, heads in (("query", c.heads), ("key", c.kv_heads), ("value", c.kv_heads))
         )
         q = rotate(q, c.rope_base).reshape(*x.shape[:2], c.kv_heads, -1, c.head_width)
-        k = rotate(k, c.rope_base)
-        logits = jnp.einsum("bqhgd,bkhd->bhgqk", q, k) * c.head_width**-0.5
-        causal = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))
-        logits = jnp.where(causal[None, None, None], logits, -jnp.inf)
-        mixed = jnp.einsum("bhgqk,bkhd->bqhgd", jax.nn.softmax(logits), v)
+        q = q.transpose(0, 2, 3, 1, 4) * c.head_width**-0.5
+        k, v = rotate(k, c.rope_base).transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
+        # One sequence at a time: its weights fit a cache, those of all do not.
+        mixed = jax.lax.map(lambda one: attend(*one), (q, k, v)).transpose(0, 3, 1, 2, 4)
         mixed = mixed.reshape(*x.shape[:2], c.heads, c.head_width)
         return nn.DenseGeneral(c.width, axis=(-2, -1), use_bias=False, name="out")(mixed)
 

@@ -120,21 +120,20 @@ def factorize(gram: jax.Array, damping: jax.Array | float = 0.01) -> Factor:
     gram = gram / scale + jnp.diag(silent.astype(gram.dtype))
     eye = jnp.eye(len(gram), dtype=gram.dtype)
 
-    def attempt(damping: jax.Array) -> jax.Array:
+    def attempt(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        _, _, damping = state
         # H = V V^T with V upper triangular comes of the ordinary Cholesky factor of H turned end for end.
         lower = jnp.linalg.cholesky((gram + damping * eye)[::-1, ::-1])
-        return solve_triangular(lower[::-1, ::-1], eye, lower=False)
+        upper = solve_triangular(lower[::-1, ::-1], eye, lower=False)
+        return upper, damping, jnp.maximum(damping * 10, 1e-6)
 
-    def failed(state: tuple[jax.Array, jax.Array]) -> jax.Array:
-        upper, damping = state
-        return ~jnp.all(jnp.isfinite(upper)) & (damping < 1e4)
-
-    def again(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        damping = jnp.maximum(state[1] * 10, 1e-6)
-        return attempt(damping), damping
+    def failed(state: tuple[jax.Array, ...]) -> jax.Array:
+        upper, used, _ = state
+        return ~jnp.all(jnp.isfinite(upper)) & (used < 1e4)
 
     first = jnp.asarray(damping, gram.dtype)
-    upper, used = jax.lax.while_loop(failed, again, (attempt(first), first))
+    untried = (jnp.full_like(eye, jnp.nan), jnp.zeros_like(first), first)
+    upper, used, _ = jax.lax.while_loop(failed, attempt, untried)
     # Where nothing was heard of any input, nothing is known, and no input is worth less than another.
     return Factor(upper / jnp.sqrt(scale), silent & ~jnp.all(silent), used)
 
