@@ -259,14 +259,15 @@ def select_masks(
     budgets = [counts.as_count(budget) for budget in budgets]
     if pattern == patterns.Unstructured() and rescale is None:
         return selection.keep_largest(scores, pools, budgets)
-    units = _unit_scores(list(scores), pattern=pattern, rescale=rescale)
     if pattern.compare_axis is None:
+        units = _unit_scores(list(scores), pattern=pattern, rescale=rescale)
         kept = selection.keep_largest(units, pools, budgets)
     else:
-        kept = [jnp.ones(u.shape, jnp.bool_) for u in units]
+        kept = [jnp.ones(pattern.unit_shape(s.shape), jnp.bool_) for s in map(_shaped, scores)]
         for (i,), budget in zip(pools, budgets, strict=True):
             # A slice is shorter than 2**32.
-            kept[i] = selection.keep_largest_along(units[i], pattern.compare_axis, budget.low)
+            units = _rearranged(scores[i], pattern)
+            kept[i] = selection.keep_largest_along(units, pattern.compare_axis, budget.low)
     return _expanded(kept, list(scores), pattern=pattern)
 
 
@@ -276,6 +277,16 @@ def _unit_scores(
 ) -> list[jax.Array]:
     units = [pattern.pool(selection.value_of(s)) for s in scores]
     return units if rescale is None else [rescale(u) for u in units]
+
+
+def _shaped(score: Score) -> jax.ShapeDtypeStruct:
+    return jax.eval_shape(selection.value_of, score)
+
+
+def _rearranged(score: Score, pattern: patterns.Pattern) -> Score:
+    """The unit scores of a pattern that only rearranges, as those do that compare slices; nothing is computed yet."""
+    shape = _shaped(score).shape
+    return jax.tree.map(lambda x: pattern.pool(x) if jnp.shape(x) == shape else x, score)
 
 
 @functools.partial(jax.jit, static_argnames="pattern")

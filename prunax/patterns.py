@@ -8,6 +8,7 @@ these members.
 prunax counts axes as Flax does: a kernel is ``(..., in, out)``, a convolution ``(height, width, in, out)``.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -115,15 +116,18 @@ class ConstantFanIn:
     axis: int | tuple[int, ...] = -2
 
     max_sparsity = None
-    compare_axis = -1
 
     def __post_init__(self) -> None:
         if not isinstance(self.axis, int):
             object.__setattr__(self, "axis", tuple(self.axis))  # hashable, whatever was given
 
+    @property
+    def compare_axis(self) -> int:
+        return self.axis if isinstance(self.axis, int) else -1
+
     def _axes(self, ndim: int) -> tuple[int, ...]:
-        axes = (self.axis,) if isinstance(self.axis, int) else self.axis
-        return tuple(sorted(a % ndim for a in axes))
+        """The axes that become one, the last; none where one axis is compared where it stands."""
+        return () if isinstance(self.axis, int) else tuple(sorted(a % ndim for a in self.axis))
 
     def check(self, shape: Shape) -> str | None:
         return _check_axes(self.axis, shape)
@@ -133,9 +137,9 @@ class ConstantFanIn:
 
     def unit_shape(self, shape: Shape) -> Shape:
         axes = self._axes(len(shape))
-        length = 1
-        for a in axes:
-            length *= shape[a]
+        if not axes:
+            return shape
+        length = math.prod(shape[a] for a in axes)
         return (*(n for a, n in enumerate(shape) if a not in axes), length)
 
     def pool(self, scores: jax.Array) -> jax.Array:

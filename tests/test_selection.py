@@ -74,6 +74,32 @@ def test_dtypes(dtype):
             assert np.array_equal(mask, reference([column], [(0,)], [9])[0])
 
 
+SLICES = {
+    "normal": RNG.standard_normal((50, 3, 40)),
+    "equal": np.ones((50, 3, 40)),
+    "lumps": RNG.integers(-1, 2, (50, 3, 40)),
+    "heavy tails": RNG.standard_cauchy((50, 3, 40)) * 1e20,
+    "not numbers": np.where(
+        RNG.random((50, 3, 40)) < 0.5, np.nan, RNG.standard_normal((50, 3, 40))
+    ),
+    "infinite": np.where(RNG.random((50, 3, 40)) < 0.7, -np.inf, np.inf),
+}
+
+
+@pytest.mark.parametrize("axis", [0, 2, -2])
+@pytest.mark.parametrize("name", SLICES)
+def test_slices_are_contests_of_their_own(name, axis):
+    x = jnp.asarray(SLICES[name], jnp.float32)
+    select = jax.jit(lambda x, k: selection.keep_largest_along(x, axis, k))
+    n = x.shape[axis]
+    order = np.where(np.isnan(x), np.float32(-1e30), x)  # below every number here
+    ranks = np.argsort(np.argsort(-order, axis=axis, kind="stable"), axis=axis, kind="stable")
+    for k in (0, 1, n // 2, n - 1, n):
+        assert np.array_equal(select(x, jnp.int32(k)), ranks < n - k), k
+        lazy = selection.keep_largest_along(Partial(jnp.negative, -x), axis, k)
+        assert np.array_equal(lazy, ranks < n - k), k
+
+
 @settings(max_examples=8)  # each compiles its own pools
 @given(st.integers(0, 2**32 - 1))
 def test_pools_of_many_arrays(seed):

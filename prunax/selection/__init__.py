@@ -1,0 +1,19 @@
+"""Exact top-k masks over many arrays, without sorting, flattening or gathering them.
+
+The k-th best score is searched for. Floats order like integers made from their bits, so the threshold is one unsigned
+integer, and how many scores rank before an integer is one fused read of the arrays. A few pivots are counted in each
+read and the next ones are interpolated from the counts: about five reads settle ten million scores. Ties at the
+threshold are cut by a second search of the same kind, over flat indices. Last comes one fused write of the masks.
+
+Of the size of a score array nothing is stored but the masks (`keep_largest_along` stores one transposed copy, where
+the axis is not the minor one), and only counts travel between devices.
+
+    keys -> reading (counts at pivots, masks) -> search (thresholds) -> pools (whole arrays) | slices (along an axis)
+"""
+
+from prunax.selection.keys import sort_keys
+from prunax.selection.pools import keep_largest
+from prunax.selection.reading import Score, value_of
+from prunax.selection.slices import keep_largest_along
+
+__all__ = ["Score", "keep_largest", "keep_largest_along", "sort_keys", "value_of"]

@@ -1,0 +1,253 @@
+"""Masks of pools of whole arrays: one threshold a pool, and a cut among the units that tie with it."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+
+from prunax import trees
+from prunax.counts import (
+    WIDE,
+    Count,
+    Number,
+    as_count,
+    exact_sum,
+    less,
+    minimum,
+    number,
+    subtract,
+    to_float,
+    where,
+)
+from prunax.selection.keys import largest_key
+from prunax.selection.reading import Leaf, Score, count_before, describe, write_mask
+from prunax.selection.search import Bracket, of_leaves, pool_totals, search, start
+
+__all__ = ["keep_largest"]
+
+Array = jax.Array
+Owner = tuple[int, ...]  # of each leaf, the pool it belongs to; ascending
+
+_SAMPLE = 4096  # scores a pool, at most, to take the first pivots from
+# More arrays than this, when concrete, are read by one small compiled function a shape.
+_HOST_LOOP = 16
+
+
+def keep_largest(
+    scores: Sequence[Score], pools: Sequence[tuple[int, ...]], num_pruned: Sequence[Any]
+) -> list[Array]:
+    """Mask the smallest scores of each pool.
+
+    Args:
+        scores: Arrays of any shape and sharding, larger = keep; NaNs rank lowest. ``Partial(f, *arrays)`` stands for
+            ``f(*arrays)`` where f is elementwise: it is then evaluated within each read, while an array computed in the
+            same jit has to be stored.
+        pools: Disjoint tuples of indices into `scores`; each pool is ranked as one set. Arrays in none are kept whole.
+        num_pruned: How many elements each pool loses: an int or a `counts.Count`, which may be traced.
+
+    Returns:
+        One bool array for each array of `scores`, of its shape and sharding: True = kept. Exactly the asked number is
+        False in each pool. Of equal scores the lower flat index is kept first, arrays in the order that the pool lists
+        them.
+
+    Raises:
+        TypeError: If a pool mixes integers of several types, or integers and floats.
+
+    Examples:
+        >>> import jax.numpy as jnp, prunax
+        >>> a, b = jnp.array([3.0, 1.0]), jnp.array([1.0, 2.0])
+        >>> prunax.selection.keep_largest([a, b], [(0, 1)], [1])
+        [Array([ True,  True], dtype=bool), Array([False,  True], dtype=bool)]
+    """
+    num_pruned = [as_count(k) for k in num_pruned]
+    scores = [s if isinstance(s, Partial) else jnp.asarray(s) for s in scores]
+    pools = tuple(tuple(map(int, pool)) for pool in pools)
+    order = [i for pool in pools for i in pool]
+    concrete = not trees.is_traced(*jax.tree.leaves((scores, num_pruned)))
+    if concrete and len(order) > _HOST_LOOP:
+        return _keep_largest(scores, pools, num_pruned, on_host=True)
+    return _keep_largest_jit(scores, pools, num_pruned, False)
+
+
+def _keep_largest(scores, pools, num_pruned, on_host) -> list[Array]:
+    order = [i for pool in pools for i in pool]
+    masks: list[Any] = [
+        None if i in order else jnp.ones(describe(s).shape, bool) for i, s in enumerate(scores)
+    ]
+    nonempty = [p for p, pool in enumerate(pools) if pool]
+    if not nonempty:
+        return masks
+    leaves = []
+    for pool in pools:
+        found = [describe(scores[i]) for i in pool]
+        leaves += [
+            leaf._replace(dtype=_pool_dtype([leaf.dtype for leaf in found])) for leaf in found
+        ]
+    owner = tuple(nonempty.index(p) for p in nonempty for _ in pools[p])
+    num_pruned = [num_pruned[p] for p in nonempty]
+    scores = [scores[i] for i in order]
+    table = _thresholds(tuple(leaves), owner, scores, num_pruned, on_host)
+    for n, i in enumerate(order):
+        masks[i] = write_mask(leaves[n], scores[n], table, np.arange(2 * n, 2 * n + 2))
+    return masks
+
+
+_keep_largest_jit = jax.jit(_keep_largest, static_argnums=(1, 3))
+
+
+def _pool_dtype(dtypes: list[np.dtype]) -> np.dtype:
+    if len(set(dtypes)) == 1:
+        return dtypes[0]
+    if not all(jnp.issubdtype(d, jnp.floating) for d in dtypes):
+        raise TypeError(
+            f"keep_largest: a pool must hold floats or one integer type, got {sorted({str(d) for d in dtypes})}."
+        )
+    return np.dtype("float64") if np.dtype("float64") in dtypes else np.dtype("float32")
+
+
+def _thresholds(leaves, owner, scores, num_pruned, on_host) -> Array:
+    """`[L, 2]`: of each leaf the threshold key, and the flat index before which keys equal to it are kept."""
+
+    def count(row_of: Callable[[int], int], table: Array, asked: Sequence[int]) -> list[Number]:
+        width = table.shape[1]
+        return [
+            count_before(leaves[n], scores[n], table, np.arange(width) + width * row_of(n))
+            for n in asked
+        ]
+
+    of_pool = functools.partial(count, lambda n: owner[n])
+    target, bracket = _first_bracket(leaves, owner, num_pruned)
+    stride = _sample_stride(leaves, owner)
+    if stride is not None:
+        samples = [
+            _sample(leaf, stride[p], score)
+            for leaf, p, score in zip(leaves, owner, scores, strict=True)
+        ]
+        bracket = bracket._replace(pivots=_sampled_pivots(owner, samples, target, bracket))
+    bracket = search(owner, target, bracket, of_pool, on_host)
+    threshold, share, bracket = _tie_bracket(leaves, owner, target, bracket)
+
+    def of_ties(pivots: Array, asked: Sequence[int]) -> list[Number]:
+        return count(lambda n: n, _append(pivots, threshold), asked)
+
+    bracket = search(tuple(range(len(leaves))), share, bracket, of_ties, on_host)
+    return _cuts(threshold, share, bracket)
+
+
+@jax.jit
+def _append(pivots: Array, threshold: Array) -> Array:
+    return jnp.concatenate([pivots.astype(threshold.dtype), threshold[:, None]], axis=1)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _first_bracket(leaves, owner, num_pruned):
+    pools = owner[-1] + 1
+    sizes = np.zeros(pools, np.uint64)
+    largest = np.zeros(pools, np.uint64)
+    for leaf, p in zip(leaves, owner, strict=True):
+        sizes[p] += np.uint64(leaf.size)
+        largest[p] = largest_key(leaf.dtype)
+    dtype = np.dtype("uint64" if any(leaf.dtype.itemsize == 8 for leaf in leaves) else "uint32")
+    wide_leaf = any(leaf.wide for leaf in leaves)
+    wide = wide_leaf or bool((sizes >= WIDE).any())
+    num_pruned = jax.tree.map(lambda *k: jnp.stack(k), *[number(k, wide) for k in num_pruned])
+    target = subtract(number(sizes, wide), num_pruned)
+    size = number(np.asarray([leaf.size for leaf in leaves], np.uint64), wide_leaf)
+    return target, start(owner, target, jnp.asarray(largest.astype(dtype)), size)
+
+
+def _sample_stride(leaves, owner) -> list[int] | None:
+    """Of every how many units of each pool one should be looked at for a start; None where that does not pay.
+
+    It does not pay for small pools, and may move data where arrays are spread over devices.
+    """
+    pools = owner[-1] + 1
+    size = min(_SAMPLE, sum(leaf.size for leaf in leaves) // (1024 * pools))
+    if size < 64 or any(leaf.wide or not leaf.local for leaf in leaves):
+        return None
+    totals = [
+        sum(leaf.size for leaf, p in zip(leaves, owner, strict=True) if p == q)
+        for q in range(pools)
+    ]
+    return [-(-total // size) or 1 for total in totals]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _sample(leaf: Leaf, stride: int, score: Score) -> Array:
+    keys = leaf.keys(leaf.reshape(score, (leaf.size,)))
+    return keys[min(stride // 2, leaf.size // 2) :: stride]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _sampled_pivots(owner: Owner, samples: list[Array], target: Number, bracket: Bracket) -> Array:
+    """First pivots: the expected threshold, with its successor should it be a lump, and 2.5 deviations to each side."""
+    dtype = bracket.low.dtype
+    largest = np.array(np.iinfo(dtype).max, dtype)
+    rows = [
+        jnp.concatenate([s.astype(dtype) for s, o in zip(samples, owner, strict=True) if o == p])
+        for p in range(owner[-1] + 1)
+    ]
+    length = np.asarray([row.size for row in rows], np.float32)
+    longest = max(row.size for row in rows)
+    sample = jnp.sort(
+        jnp.stack([jnp.pad(row, (0, longest - row.size), constant_values=largest) for row in rows]),
+        axis=1,
+    )
+
+    def at(rank):
+        index = jnp.clip(rank, 0, np.maximum(length - 1, 0)).astype(jnp.int32)
+        return jnp.take_along_axis(sample, index[:, None], axis=1)[:, 0]
+
+    size = to_float(pool_totals(bracket.upto, owner, target))
+    share = to_float(target) / jnp.maximum(size, 1)
+    rank, margin = share * length, 2.5 * jnp.sqrt(share * (1 - share) * length) + 1
+    first, last, middle = at(np.zeros_like(length)), at(length), at(rank)
+    # Beyond the sample's ends the threshold may be anywhere.
+    lower = jnp.where(rank < margin, first >> 1, at(rank - margin))
+    upper = jnp.where(
+        rank + margin >= length, last + ((largest - last) >> 1), at(rank + margin) + 1
+    )
+    pivots = jnp.stack([lower, middle, middle + 1, upper], axis=1)
+    return jnp.clip(pivots, np.array(1, dtype), jnp.maximum(bracket.high, 1)[:, None])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _tie_bracket(leaves, owner, target, bracket):
+    below = pool_totals(bracket.below, owner, target)
+    found = ~less(below, target)  # without any unit equal to the threshold
+    threshold = of_leaves(jnp.where(found, bracket.low, bracket.high), owner)
+    ties = subtract(bracket.upto, bracket.below)
+    zeros = jax.tree.map(jnp.zeros_like, ties)
+    ties = where(of_leaves(found, owner), zeros, ties)
+    share = _deal(ties, owner, subtract(target, below))
+    last = jnp.asarray(np.asarray([max(leaf.size, 1) - 1 for leaf in leaves], np.uint32))
+    return threshold, share, start(tuple(range(len(leaves))), share, last, ties)
+
+
+def _deal(ties: Number, owner: Owner, wanted: Number) -> Number:
+    """Gives the leaves of a pool, in order, as many of their ties as are still wanted."""
+    if owner[-1] + 1 == len(owner):
+        return minimum(ties, wanted)
+    wide = isinstance(wanted, Count)
+    running = exact_sum(ties, lambda c: jnp.cumsum(c, dtype=jnp.uint32), wide)
+    ties_ = exact_sum(ties, lambda c: c, wide)
+    before = subtract(running, ties_)
+    first = np.searchsorted(owner, np.arange(owner[-1] + 1))[np.asarray(owner)]
+    before = subtract(before, jax.tree.map(lambda b: b[first], before))
+    wanted = jax.tree.map(lambda w: of_leaves(w, owner), wanted)
+    left = where(
+        less(wanted, before), jax.tree.map(jnp.zeros_like, wanted), subtract(wanted, before)
+    )
+    share = minimum(ties_, left)
+    return share if isinstance(ties, Count) == wide else share.low
+
+
+@jax.jit
+def _cuts(threshold: Array, share: Number, bracket: Bracket) -> Array:
+    at_low = ~less(bracket.below, share)
+    cut = jnp.where(at_low, bracket.low, bracket.high + 1)
+    return jnp.stack([threshold, cut.astype(threshold.dtype)], axis=1)

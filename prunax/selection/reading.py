@@ -1,0 +1,181 @@
+"""Reading one array: how many of its units rank before some pivots, and its mask once the threshold is known.
+
+Each is one fused pass over the array, which stays where it is: not flattened, not gathered.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import PartitionSpec
+from jax.tree_util import Partial
+
+from prunax import trees
+from prunax.counts import WIDE, Number, exact_sum
+from prunax.selection.keys import rank_keys
+
+__all__ = [
+    "PIVOTS",
+    "Leaf",
+    "Score",
+    "count_before",
+    "count_hits",
+    "describe",
+    "value_of",
+    "write_mask",
+]
+
+Array = jax.Array
+Score = Array | Partial
+
+PIVOTS = 4  # counted in one read: on a CPU four cost about what one costs, eight cost twice that
+
+
+def value_of(score: Score) -> Array:
+    """The array that a score is or makes."""
+    return score() if isinstance(score, Partial) else score
+
+
+class Leaf(NamedTuple):
+    """What is static about one score array, and how to read it."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype  # of its pool: one of several float types is ranked in the widest
+    spec: tuple  # partitioning that the array's type tells (explicit sharding), else empty
+    shards: tuple[int, ...]  # by axis, in how many parts the type says it is
+    local: bool  # surely on one device, so that reshaping moves nothing
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def wide(self) -> bool:
+        return self.size >= WIDE
+
+    def keys(self, score: Score) -> Array:
+        x = value_of(score)
+        return rank_keys(x if x.dtype == self.dtype else lax.convert_element_type(x, self.dtype))
+
+    def reshape(self, score: Score, shape: tuple[int, ...]) -> Score:
+        """View the array, or the operands of its function, in a shape of its `grid`."""
+        names = tuple(part for axis in self.spec for part in (axis, None))
+        sharding = PartitionSpec(*names) if any(self.spec) else None
+        return jax.tree.map(
+            lambda x: lax.reshape(x, shape, out_sharding=sharding) if x.shape == self.shape else x,
+            score,
+        )
+
+    def grid(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """A shape to read the array in, and the axes of it to reduce before devices talk to each other.
+
+        An array on one device becomes a few long rows, which XLA gives to different cores. Otherwise each axis is split
+        in two, such that whatever the axis is divided into divides the outer part. The type of the array tells that, or
+        else (auto meshes) it is taken to be a power of two up to 16. Then reducing the inner parts stays on the device,
+        and reducing the outer ones is an all-reduce. (Were the guess wrong, more would travel, with the same result.)
+        """
+        if self.local and not self.wide:
+            rows = max(d for d in range(1, 65) if self.size % d == 0) if self.size > 2**20 else 1
+            return (rows, self.size // rows), (1,)
+        outer = [
+            n * math.gcd(size // n, 16) for size, n in zip(self.shape, self.shards, strict=True)
+        ]
+        shape = tuple(
+            n for size, o in zip(self.shape, outer, strict=True) for n in (o, size // max(o, 1))
+        )
+        return shape, tuple(range(1, len(shape), 2))
+
+
+def describe(score: Score, dtype: np.dtype | None = None) -> Leaf:
+    """The static facts about a score array, to be ranked as `dtype` if given."""
+    aval = jax.eval_shape(value_of, score)
+    shards = trees.shards(aval)
+    spec = tuple(aval.sharding.spec) if math.prod(shards) > 1 else ()
+    return Leaf(
+        tuple(aval.shape), np.dtype(dtype or aval.dtype), spec, shards, jax.device_count() == 1
+    )
+
+
+def lies_before(shape: tuple[int, ...], cut: Array, zero: Array) -> Array:
+    """Whether each position in an array of this shape comes before the flat index `cut`.
+
+    Compares within the last axis, against a cut for each row: one operation a unit.
+    """
+    if not shape:
+        return cut > 0
+    rows, stride = (*shape[:-1], 1), shape[-1]
+    start = jnp.zeros(rows, jnp.uint32)
+    for axis in reversed(range(len(shape) - 1)):
+        start = start + (lax.broadcasted_iota(jnp.uint32, rows, axis) + zero) * np.uint32(stride)
+        stride *= shape[axis]
+    row_cut = jnp.where(start < cut, cut - start, np.uint32(0))
+    return lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1) < jnp.broadcast_to(
+        row_cut, shape
+    )
+
+
+def _row(table: Array, row: np.ndarray) -> Array:
+    """The flat positions `row` of a table.
+
+    As a gather with an index array, so that XLA sees the same computation for all leaves of a shape and compiles it
+    once. Static slices would be fused into it and make each one different.
+    """
+    return table.reshape(-1).at[row].get(mode="promise_in_bounds")
+
+
+def count_hits(hits: Sequence[Array], axes: Sequence[int]) -> list[Array]:
+    """For each bool array how often it is true, along axes.
+
+    One variadic reduction, because XLA fuses it with what makes the arrays into a single read. (On a CPU it rewrites a
+    plain sum into a tree of sums and stores the comparison in between.)
+    """
+    ones = tuple(hit.astype(jnp.int32) for hit in hits)
+    zeros = (np.int32(0),) * len(hits)
+    counts = lax.reduce(ones, zeros, lambda a, b: tuple(map(jnp.add, a, b)), axes)
+    return [count.astype(jnp.uint32) for count in counts]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def count_before(leaf: Leaf, score: Score, table: Array, row: np.ndarray) -> Number:
+    """For each pivot in the row, how many units of the leaf come before it.
+
+    The row holds the pivots, and for ties the key that they cut. Whatever is read is tied to the row by a barrier: it
+    changes from pass to pass, so XLA cannot compute keys or positions before the loop and store them.
+    """
+    shape, axes = leaf.grid()
+    score = leaf.reshape(
+        score, shape
+    )  # before the barrier: fused into the read it would cost a division a unit
+    score, values, zero = lax.optimization_barrier(
+        (score, _row(table, row), jnp.zeros((), jnp.uint32))
+    )
+    keys = leaf.keys(score)
+    if len(row) == PIVOTS:
+        pivots = values.astype(keys.dtype)
+        hits = [keys < pivots[j] for j in range(PIVOTS)]
+    else:
+        tied = keys == values[PIVOTS].astype(keys.dtype)
+        hits = [
+            tied & lies_before(shape, values[j].astype(jnp.uint32), zero) for j in range(PIVOTS)
+        ]
+    counts = count_hits(hits, axes)
+    counts = jnp.stack(counts)
+    inner = tuple(range(1, counts.ndim))
+    return exact_sum(counts, lambda c: jnp.sum(c, axis=inner, dtype=jnp.uint32), leaf.wide)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def write_mask(leaf: Leaf, score: Score, table: Array, row: np.ndarray) -> Array:
+    """Keeps keys before the threshold, and those equal to it at flat indices before the cut."""
+    keys = leaf.keys(score)
+    threshold, cut = _row(table, row)
+    threshold = threshold.astype(keys.dtype)
+    tied = (keys == threshold) & lies_before(
+        keys.shape, cut.astype(jnp.uint32), jnp.zeros((), jnp.uint32)
+    )
+    return (keys < threshold) | tied

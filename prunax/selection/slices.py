@@ -1,0 +1,144 @@
+"""Masks of slices: every one-dimensional slice along an axis of one array is a contest of its own."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from prunax.counts import less
+from prunax.selection.keys import largest_key
+from prunax.selection.reading import PIVOTS, Leaf, Score, count_hits, describe
+from prunax.selection.search import Bracket, narrow, start
+
+__all__ = ["keep_largest_along"]
+
+Array = jax.Array
+
+_PAIRWISE = 32  # slices up to this length are ranked by comparing all pairs
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def keep_largest_along(scores: Score, axis: int, num_pruned: Any) -> Array:
+    """Mask the smallest scores of every slice along an axis.
+
+    Args:
+        scores: Array of floats, integers or bools with at least one axis; or ``Partial(f, *arrays)`` for
+            ``f(*arrays)``, as for `keep_largest`.
+        axis: Every one-dimensional slice along it is a pool of its own, shorter than 2**32. It should not be sharded
+            where it is short.
+        num_pruned: How many elements each slice loses: an int, or a traced integer scalar.
+
+    Returns:
+        A bool array of the scores' shape: True = kept. Of equal scores the lower index is kept first.
+
+    Examples:
+        >>> import jax.numpy as jnp, prunax
+        >>> prunax.selection.keep_largest_along(jnp.array([[1.0, 4.0], [2.0, 3.0]]), 0, 1)
+        Array([[False,  True],
+               [ True, False]], dtype=bool)
+    """
+    leaf = describe(scores)
+    axis %= len(leaf.shape)
+    kept = jnp.uint32(leaf.shape[axis]) - jnp.asarray(num_pruned).astype(jnp.uint32)
+    if leaf.shape[axis] <= _PAIRWISE:
+        return _rank_pairs(leaf.keys(scores), axis) < kept
+    return _search_slices(leaf, scores, axis, kept)
+
+
+def _rank_pairs(keys: Array, axis: int) -> Array:
+    """The rank of each element in its slice, from all comparisons within the slice."""
+    ours, theirs = jnp.expand_dims(keys, axis + 1), jnp.expand_dims(keys, axis)
+    shape = jnp.broadcast_shapes(ours.shape, theirs.shape)
+    ours, theirs = jnp.broadcast_to(ours, shape), jnp.broadcast_to(theirs, shape)
+    i, j = (lax.broadcasted_iota(jnp.uint32, shape, a) for a in (axis, axis + 1))
+    return jnp.sum((theirs < ours) | ((theirs == ours) & (j < i)), axis=axis + 1, dtype=jnp.uint32)
+
+
+def _search_slices(leaf: Leaf, scores: Score, axis: int, kept: Array) -> Array:
+    """Search for all thresholds at once, then for the cuts among ties.
+
+    Slices are read along the minor axis, where a CPU counts an order of magnitude faster: the scores are transposed
+    once, if need be, and that copy is all that is stored.
+    """
+    n = leaf.shape[axis]
+    by_slice = jax.tree.map(
+        lambda x: jnp.moveaxis(x, axis, -1) if jnp.shape(x) == leaf.shape else x, scores
+    )
+    moved = describe(by_slice)
+    shape, spec = _split_minor(moved)
+    sharding = PartitionSpec(*spec) if any(spec) else None
+
+    def split(x: Array) -> Array:
+        return lax.reshape(x, shape, out_sharding=sharding) if x.shape == moved.shape else x
+
+    def over(x: Array) -> Array:
+        return jnp.broadcast_to(x[..., None, None], shape)
+
+    def total(hits: list[Array]) -> Array:
+        return jnp.sum(jnp.stack(count_hits(hits, (len(shape) - 1,)), axis=-1), axis=-2)
+
+    def search(target: Array, bracket: Bracket, threshold: Array | None = None) -> Bracket:
+        def step(bracket: Bracket) -> Bracket:
+            # The barrier keeps XLA from computing and storing keys or positions before the loop.
+            source, pivots, zero, tie = lax.optimization_barrier(
+                (
+                    jax.tree.map(split, by_slice),
+                    bracket.pivots,
+                    jnp.zeros((), jnp.uint32),
+                    threshold,
+                )
+            )
+            keys = leaf.keys(source)
+            row = [pivots[..., j] for j in range(PIVOTS)]
+            if tie is None:
+                counts = total([keys < over(pivot.astype(keys.dtype)) for pivot in row])
+            else:
+                index = _position(shape, zero)
+                counts = total([(keys == over(tie)) & (index < over(pivot)) for pivot in row])
+            return narrow(None, target, bracket, counts)
+
+        return lax.while_loop(lambda bracket: jnp.any(bracket.is_open), step, bracket)
+
+    keys = leaf.keys(scores)
+    a_slice = jnp.max(keys, axis=axis)  # for its shape and sharding
+    wide = np.dtype("uint64" if leaf.dtype.itemsize == 8 else "uint32")
+    highest = jnp.full_like(a_slice, largest_key(leaf.dtype), dtype=wide)
+    target = jnp.full_like(a_slice, kept, dtype=jnp.uint32)
+    everything = jnp.full_like(target, n)
+    found = search(target, start(None, target, highest, everything))
+
+    exact = ~less(found.below, target)  # without any unit equal to the threshold
+    threshold = jnp.where(exact, found.low, found.high).astype(keys.dtype)
+    ties = jnp.where(exact, jnp.zeros_like(target), found.upto - found.below)
+    share = jnp.minimum(ties, target - found.below)
+
+    last = jnp.full_like(target, n - 1)
+    cuts = search(share, start(None, share, last, ties), threshold)
+    cut = jnp.where(less(cuts.below, share), cuts.high + 1, cuts.low)
+
+    threshold, cut = (
+        jnp.broadcast_to(jnp.expand_dims(x, axis), leaf.shape) for x in (threshold, cut)
+    )
+    here = lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+    return (keys < threshold) | ((keys == threshold) & (here < cut))
+
+
+def _position(shape: tuple[int, ...], zero: Array) -> Array:
+    """The flat index within the last two axes."""
+    outer, inner = (lax.broadcasted_iota(jnp.uint32, shape, len(shape) - a) for a in (2, 1))
+    return outer * np.uint32(shape[-1]) + inner + zero
+
+
+def _split_minor(leaf: Leaf) -> tuple[tuple[int, ...], tuple]:
+    """A shape whose last axis lies on one device each, the one before it not, and its sharding.
+
+    Where the type does not tell how the minor axis is divided, a power of two up to 16 is assumed, as for `Leaf.grid`.
+    """
+    *lead, n = leaf.shape
+    outer = 1 if leaf.local else leaf.shards[-1] * math.gcd(n // leaf.shards[-1], 16)
+    return (*lead, outer, n // outer), (*leaf.spec, None) if leaf.spec else ()
