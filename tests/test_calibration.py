@@ -329,6 +329,23 @@ def test_parallel_scores_see_dense_layers():
     np.testing.assert_array_equal(sequential.masks["a"]["kernel"], pruned.masks["a"]["kernel"])
 
 
+def test_scores_of_statistics_choose_the_weights_that_wanda_keeps():
+    params = mlp_params()
+    norms = calibration.input_statistics(mlp, params, BATCHES)
+    scores = prunax.scores.wanda(params, norms)
+    xs = np.linalg.norm(np.concatenate(BATCHES), axis=0)
+    expected = np.abs(params["a"]["kernel"]) * xs[:, None]
+    np.testing.assert_allclose(scores["a"]["kernel"], expected, rtol=1e-5)
+    assert scores["a"]["bias"].shape == ()
+    pattern = patterns.ConstantFanIn()
+    masks = prunax.compute_masks(params, 0.5, scores=scores, pattern=pattern)
+    parallel = calibration.wanda(mlp, params, BATCHES, 0.5, sequential=False)
+    jax.tree.map(np.testing.assert_array_equal, masks, parallel.masks)
+    grams = calibration.input_statistics(mlp, params, BATCHES, kind="gram")
+    with pytest.raises(ValueError, match=r"'a/kernel' have shape \(16, 16\).*kind=\"norm\""):
+        prunax.scores.wanda(params, grams)
+
+
 METHODS = {
     "wanda": calibration.wanda,
     "sparsegpt": calibration.sparsegpt,
