@@ -1,7 +1,7 @@
 """Times packed weights beside the dense product, by shape, batch and sparsity, and finds where packing starts to pay.
 
-Masks are those of `compute_masks` on random normal weights. `Block((64, 64)), even` has as many blocks in each
-block column as in the others instead. What `export.fastest` chooses is timed once more, beside dense, in turns of its own.
+Masks are those of `compute_masks` on random normal weights. `Block((64, 64)), even` has equally many blocks in all
+block columns instead. What `export.fastest` chooses is timed once more, beside dense, in turns of its own.
 """
 
 import argparse

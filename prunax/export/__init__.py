@@ -1,4 +1,28 @@
-"""Take pruned models away: files, sparse formats that run, and a check that a pattern holds."""
+"""Take pruned models away: files, sparse formats that run, and a check that a pattern holds.
+
+===========================================  =========================================================================
+`save_masks`, `load_masks`                   masks in a safetensors file, one bit a weight
+`save_params`, `load_params`                 params in one, pruned weights compressed away, bit for bit
+`pack`, `fastest`                            weights that multiply faster than dense ones, where that is measured
+`to_bcoo`                                    `jax.experimental.sparse.BCOO` leaves
+`verify_pattern`                             do the masks follow N:M, blocks, a constant fan-in?
+===========================================  =========================================================================
+
+Files of masks and params are whole or not there, carry a checksum, and are checked when read: no text in them names a
+class or runs. For a training run that goes on later, use Orbax: everything that pruning keeps lives in the optax state,
+an ordinary pytree of arrays, packed masks and counters included::
+
+    import orbax.checkpoint as ocp
+
+    tx = prunax.prune(optax.adamw(1e-3), schedule)
+    saved = {"params": params, "opt_state": tx.init(params)}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder / "step_100", saved)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(folder / "step_100", jax.eval_shape(lambda: saved))
+
+Training goes on from `restored` as if it had not stopped, bit for bit.
+"""
 
 from prunax.export.bcoo import to_bcoo
 from prunax.export.container import FormatError

