@@ -7,6 +7,7 @@ depends on shapes and on the machine: `fastest` measures it, and falls back to t
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -158,28 +159,44 @@ class BlockSparse(_Packed):
         return self._product(jnp.eye(self.shape[0], dtype=self.dtype))
 
     def _product(self, x: Array) -> Array:
-        batch, (inputs, outputs) = x.shape[0], self.shape
-        if not self.groups:
-            return jnp.zeros((batch, outputs), x.dtype)
-        height, width = self.groups[0].blocks.shape[2:]
-        rows, columns = -(-inputs // height), -(-outputs // width)
-        # A zero block behind the last, for columns that have fewer than their group: a stored block of zeros
-        # would not do, since it would make NaN of an infinity in x.
-        missing = (rows + self.padded) * height - inputs
-        x = jnp.pad(x, ((0, 0), (0, missing))) if missing else x
-        scan = batch >= _SCAN_BATCH and jax.default_backend() == "cpu"
-        product = _scanned if scan else _batched
-        parts = [product(x, g.rows, g.blocks.astype(x.dtype)) for g in self.groups]
-        y = jnp.concatenate(parts) if len(parts) > 1 else parts[0]
-        stored = jnp.concatenate([g.columns for g in self.groups])
-        if len(self.groups) > 1 or stored.size < columns:
-            y = jnp.zeros((columns, *y.shape[1:]), y.dtype).at[stored].set(y, unique_indices=True)
-        axes = (2, 0, 1) if scan else (1, 0, 2)
-        return y.transpose(axes).reshape(batch, columns * width)[:, :outputs]
+        scan = x.shape[0] >= _SCAN_BATCH and jax.default_backend() == "cpu"
+        return assemble(self, x, _scanned if scan else _batched)
+
+
+def assemble(
+    packed: BlockSparse, x: Array, product: Callable[[Array, Array, Array], Array]
+) -> Array:
+    """Multiply group by group and put the block columns where they belong.
+
+    Args:
+        packed: The weights.
+        x: Inputs ``(batch, in)``.
+        product: ``product(x, rows, blocks)`` multiplies one group: x with its inputs filled up to whole blocks (and one
+            block of zeros more where `packed.padded`), rows and blocks as in `BlockColumns`. Returns
+            ``(columns, batch, width)``.
+
+    Returns:
+        The outputs ``(batch, out)``.
+    """
+    batch, (inputs, outputs) = x.shape[0], packed.shape
+    if not packed.groups:
+        return jnp.zeros((batch, outputs), x.dtype)
+    height, width = packed.groups[0].blocks.shape[2:]
+    rows, columns = -(-inputs // height), -(-outputs // width)
+    # A zero block behind the last, for columns that have fewer than their group: a stored block of zeros would not do,
+    # since it would make NaN of an infinity in x.
+    missing = (rows + packed.padded) * height - inputs
+    x = jnp.pad(x, ((0, 0), (0, missing))) if missing else x
+    parts = [product(x, g.rows, g.blocks.astype(x.dtype)) for g in packed.groups]
+    y = jnp.concatenate(parts) if len(parts) > 1 else parts[0]
+    stored = jnp.concatenate([g.columns for g in packed.groups])
+    if len(packed.groups) > 1 or stored.size < columns:
+        y = jnp.zeros((columns, *y.shape[1:]), y.dtype).at[stored].set(y, unique_indices=True)
+    return y.transpose(1, 0, 2).reshape(batch, columns * width)[:, :outputs]
 
 
 def _batched(x: Array, rows: Array, blocks: Array) -> Array:
-    """All block columns in one batched product: ``(columns, batch, width)``."""
+    """All block columns in one batched product."""
     columns, n, height, width = blocks.shape
     tiles = x.reshape(x.shape[0], x.shape[1] // height, height)
     met = tiles.at[:, rows.reshape(-1)].get(mode="promise_in_bounds")
@@ -189,7 +206,7 @@ def _batched(x: Array, rows: Array, blocks: Array) -> Array:
 
 
 def _scanned(x: Array, rows: Array, blocks: Array) -> Array:
-    """One block column after another: ``(columns, width, batch)``. With inputs in rows, tiles are copied whole."""
+    """One block column after another. With inputs in rows, tiles are copied whole."""
     _, n, height, width = blocks.shape
     tiles = x.T.reshape(x.shape[1] // height, height, x.shape[0])
 
@@ -199,7 +216,7 @@ def _scanned(x: Array, rows: Array, blocks: Array) -> Array:
         weights = weights.reshape(n * height, width)
         return None, lax.dot_general(weights, met, (((0,), (0,)), ((), ())))
 
-    return lax.scan(column, None, (rows, blocks))[1]
+    return lax.scan(column, None, (rows, blocks))[1].transpose(0, 2, 1)
 
 
 @functools.partial(
