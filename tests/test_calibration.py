@@ -626,6 +626,43 @@ def test_reconstruct_refits_the_kept_weights():
     np.testing.assert_array_equal(refitted["a"]["kernel"], params["a"]["kernel"])
 
 
+def test_a_correction_of_one_fits_the_outputs_of_the_dense_model():
+    params = mlp_params()
+    masks = prunax.compute_masks(params, 0.5)
+    fitted = calibration.reconstruct(
+        mlp, params, masks, BATCHES, damping=0.0, correction=1.0, iterations=200
+    )
+    plain = calibration.reconstruct(mlp, params, masks, BATCHES, damping=0.0, iterations=200)
+    np.testing.assert_allclose(fitted["a"]["kernel"], plain["a"]["kernel"], rtol=1e-3, atol=1e-4)
+    x = np.concatenate(BATCHES)
+    dense, hidden = (
+        np.tanh(x @ np.asarray(p["a"]["kernel"]) + np.asarray(p["a"]["bias"])[None])
+        for p in (params, fitted)
+    )
+    kernel, mask = (np.asarray(t["b"]["kernel"]) for t in (params, masks))
+    for j in range(8):
+        expected = np.linalg.lstsq(hidden[:, mask[:, j]], dense @ kernel[:, j], rcond=None)[0]
+        found = fitted["b"]["kernel"][mask[:, j], j]
+        np.testing.assert_allclose(found, expected, rtol=1e-2, atol=2e-3)
+
+    def error(pruned):
+        outs = [np.concatenate([mlp(p, x) for x in BATCHES]) for p in (params, pruned)]
+        return np.square(outs[0] - outs[1]).sum()
+
+    assert error(fitted) < 0.9 * error(plain)
+    for method in (calibration.sparsegpt, calibration.admm):
+        pruned = [method(mlp, params, BATCHES, 0.5, correction=c).params for c in (0.0, 0.5)]
+        assert error(pruned[1]) < error(pruned[0])
+    # There is nothing to make good where every layer sees the dense inputs.
+    pruned = [
+        calibration.sparsegpt(mlp, params, BATCHES, 0.5, sequential=False, correction=c)
+        for c in (0.0, 1.0)
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *pruned)
+    with pytest.raises(ValueError, match=r"correction must lie in \[0, 1\], got 2"):
+        calibration.sparsegpt(mlp, params, BATCHES, 0.5, correction=2)
+
+
 def test_batches_of_different_shapes():
     whole = calibration.sparsegpt(mlp, mlp_params(), [np.concatenate(BATCHES)], 0.5)
     parts = [*BATCHES[:2], BATCHES[2][:10], BATCHES[2][10:]]

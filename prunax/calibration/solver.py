@@ -16,7 +16,17 @@ from jax.scipy.linalg import solve_triangular
 
 from prunax import counts, patterns, selection, trees
 
-__all__ = ["Factor", "Sparse", "admm", "budgets", "factorize", "obs", "refit", "wanda_scores"]
+__all__ = [
+    "Factor",
+    "Sparse",
+    "admm",
+    "budgets",
+    "factorize",
+    "obs",
+    "refit",
+    "retarget",
+    "wanda_scores",
+]
 
 # Columns whose updates are applied one by one before the rest of their block is brought up to date by a matrix product.
 _PANEL = 16
@@ -267,6 +277,40 @@ def _prune_panels(
     starts = jnp.arange(count) * panel
     lost, (rows, mask) = jax.lax.scan(prune_panel, jnp.zeros_like(rows), (*parts, starts))
     return rows.reshape(size, width), mask.reshape(size, width), lost
+
+
+@jax.jit
+def retarget(
+    weights: jax.Array, factor: Factor, drift: jax.Array, correction: jax.Array | float
+) -> jax.Array:
+    r"""Move a dense matrix so that it makes good a part of what its inputs have lost before it.
+
+    .. math:: w + c\,(\tilde X^T \tilde X + \lambda \bar h I)^{-1} \tilde X^T (X - \tilde X)\,w
+
+    Of all matrices this one brings the outputs nearest to :math:`\tilde X w + c (X - \tilde X) w`, with
+    :math:`\tilde X` the inputs that the layer gets and X those that it got in the dense model. Pruned in place of w it
+    is pruned towards them.
+
+    Args:
+        weights: (in, out) dense matrix w.
+        factor: `factorize` of the Gram matrix of the inputs that the layer gets.
+        drift: (in, in) product of those with what they lack, :math:`\tilde X^T (X - \tilde X)`.
+        correction: c, from 0, which changes nothing, to 1 for the outputs of the dense model.
+
+    Returns:
+        The matrix, in the weights' dtype.
+
+    Examples:
+        >>> import jax.numpy as jnp, prunax
+        >>> solver = prunax.calibration.solver
+        >>> factor = solver.factorize(jnp.array([[1.0]]), 0.0)  # an input that comes at half its size
+        >>> solver.retarget(jnp.array([[3.0]]), factor, jnp.array([[1.0]]), 1.0).tolist()
+        [[6.0]]
+    """
+    dtype = factor.upper.dtype
+    dense = weights.astype(dtype)
+    made_good = _product(factor.upper.T, _product(factor.upper, _product(drift, dense)))
+    return (dense + jnp.asarray(correction, dtype) * made_good).astype(weights.dtype)
 
 
 def wanda_scores(weights: jax.Array, norms: jax.Array) -> jax.Array:

@@ -22,7 +22,8 @@ from prunax.calibration import layouts, plans
 __all__ = ["Task"]
 
 PyTree = Any
-Statistic = Callable[[jax.Array], jax.Array]
+# Of inputs (matrices, rows, in); of the same inputs in the dense function too, where a walk follows both.
+Statistic = Callable[..., Any]
 
 # Gram matrices of so many inputs are put together from parts; below, one product is faster.
 _SPLIT = 512
@@ -39,7 +40,7 @@ class Task(NamedTuple):
 
     problem: plans.Problem
     weights: jax.Array
-    statistic: jax.Array
+    statistic: Any
 
 
 def squares(inputs: jax.Array) -> jax.Array:
@@ -58,6 +59,16 @@ def gram(inputs: jax.Array) -> jax.Array:
     return jnp.block([[gram(first), off], [off.swapaxes(1, 2), gram(second)]])
 
 
+def only_gram(inputs: jax.Array) -> tuple[jax.Array]:
+    """Gram matrices, as the first of what might be more moments."""
+    return (gram(inputs),)
+
+
+def gram_and_drift(inputs: jax.Array, dense: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Gram matrices, and the products of the inputs with what they lack to those of the dense function."""
+    return gram(inputs), _cross(inputs, dense - inputs)
+
+
 def _cross(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum("pri,prj->pij", a, b, precision=jax.lax.Precision.HIGHEST)
 
@@ -72,6 +83,7 @@ def walk(
     *,
     where: trees.Where,
     sequential: bool = True,
+    beside_dense: bool = False,
     progress: bool = False,
 ) -> PyTree:
     """Go through a function's products in the order of their dependence and solve each problem.
@@ -81,10 +93,11 @@ def walk(
         fn: ``fn(params, batch)``.
         params: Pytree of arrays.
         batches: What `fn` takes besides, any number; shapes may differ.
-        statistic: `squares` or `gram`.
+        statistic: `squares`, `gram`, `only_gram` or `gram_and_drift`.
         solve: Called with the tasks of each stage; returns new matrices, or None to leave them.
         where: Chooses the leaves.
         sequential: Compute what follows a problem with its new matrices rather than the old ones.
+        beside_dense: Compute everything with the old ones besides, and hand the statistic both inputs.
         progress: Show a progress bar.
 
     Returns:
@@ -94,23 +107,24 @@ def walk(
     if not batches:
         raise ValueError(f"{function}: needs at least one batch of calibration data, got none.")
     planner = _Plans(function, fn, params, where)
-    runs = [_Run(planner.plan(batch), batch) for batch in batches]
-    plan = runs[0].plan
     leaves = [x for x in jax.tree.leaves(params) if trees.is_array(x)]
+    models = [leaves, list(leaves)] if beside_dense else [leaves]
+    runs = [_Run(planner.plan(batch), batch, len(models)) for batch in batches]
+    plan = runs[0].plan
     place = {i: n for n, i in enumerate(plan.program.params)}
     selected = [place[i] for i in plan.selected]
     solved: dict[int, jax.Array] = {}
-    totals: dict[int, jax.Array] = {}
+    totals: dict[int, Any] = {}
 
     with _progress(progress, len(plan.problems)) as advance:
         for stage in range(len(plan.stages)):
             sums = None
             for run in runs:
-                sums = run.advance(stage, leaves, statistic, sums)
+                sums = run.advance(stage, models, statistic, sums)
             shared = dict(zip(plan.stages[stage].reads, sums or (), strict=True))
             for problem, key in plan.stages[stage].collected:
                 earlier = totals.get(problem)
-                totals[problem] = shared[key] if earlier is None else earlier + shared[key]
+                totals[problem] = shared[key] if earlier is None else _add(earlier, shared[key])
             del sums, shared
             ready = [plan.problems[n] for n in plan.stages[stage].solved]
             tasks = []
@@ -165,39 +179,47 @@ class _Plans:
 
 
 class _Run:
-    """One batch on its way through the stages."""
+    """One batch on its way through the stages of each model: the one that is pruned, perhaps the dense one."""
 
-    def __init__(self, plan: plans.Plan, batch: Any) -> None:
+    def __init__(self, plan: plans.Plan, batch: Any, models: int) -> None:
         self.plan = plan
-        arrays = jax.tree.leaves(batch)
-        self.values: dict[int, Any] = dict(zip(plan.program.args, arrays, strict=True))
+        given = dict(zip(plan.program.args, jax.tree.leaves(batch), strict=True))
+        self.values: list[dict[int, Any]] = [dict(given) for _ in range(models)]
 
     def advance(
-        self, number: int, leaves: list[Any], statistic: Statistic, sums: Sequence[Any] | None
-    ) -> Sequence[jax.Array]:
+        self,
+        number: int,
+        models: Sequence[list[Any]],
+        statistic: Statistic,
+        sums: Sequence[Any] | None,
+    ) -> Sequence[Any]:
         """Compute a stage and add its statistics to those of the batches before."""
         stage, program = self.plan.stages[number], self.plan.program
-        params = dict(zip(program.params, leaves, strict=True))
-        sources = (self.values, params, program.constants)
-        inputs = [next(s[i] for s in sources if i in s) for i in stage.inputs]
+        inputs = []
+        for values, leaves in zip(self.values, models, strict=True):
+            params = dict(zip(program.params, leaves, strict=True))
+            sources = (values, params, program.constants)
+            inputs.append([next(s[i] for s in sources if i in s) for i in stage.inputs])
         if sums is None:
-            sums = [_zeros(statistic, layout, program, r) for r, layout in _reads(stage)]
+            reads = zip(stage.reads, stage.layouts, strict=True)
+            shapes = [(program.shapes[i], layout) for (i, _), layout in reads]
+            sums = [_zeros(statistic, layout, [x] * len(models)) for x, layout in shapes]
         picks = list(map(np.int32, stage.picks))
         kept, added = _advance(stage.segment, stage.layouts, statistic, picks, inputs, sums)
-        self.values |= dict(zip(stage.kept, kept, strict=True))
-        for i in stage.dropped:
-            self.values.pop(i, None)
+        for values, new in zip(self.values, kept, strict=True):
+            values |= dict(zip(stage.kept, new, strict=True))
+            for i in stage.dropped:
+                values.pop(i, None)
         return added
 
 
-def _reads(stage: plans.Stage) -> Iterable[tuple[Any, layouts.Layout]]:
-    return zip(stage.reads, stage.layouts, strict=True)
+def _zeros(statistic: Statistic, layout: layouts.Layout, xs: Sequence[Any]) -> Any:
+    out = jax.eval_shape(lambda xs: statistic(*(_precise(layout.inputs(x)) for x in xs)), xs)
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out)
 
 
-def _zeros(statistic: Statistic, layout: layouts.Layout, program: Any, read: Any) -> jax.Array:
-    x = program.shapes[read[0]]
-    out = jax.eval_shape(lambda x: statistic(_precise(layout.inputs(x))), x)
-    return jnp.zeros(out.shape, out.dtype)
+def _add(a: Any, b: Any) -> Any:
+    return jax.tree.map(jnp.add, a, b)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
@@ -206,27 +228,27 @@ def _advance(
     reads: tuple[layouts.Layout, ...],
     statistic: Statistic,
     picks: list[Any],
-    inputs: list[Any],
-    sums: Sequence[jax.Array],
-) -> tuple[list[jax.Array], list[jax.Array]]:
-    outputs = segment(inputs, picks)
-    kept = outputs[len(reads) :]
-    news = [_measure(statistic, layout, x) for layout, x in zip(reads, outputs, strict=False)]
-    return kept, [total + new for total, new in zip(sums, news, strict=True)]
+    inputs: list[list[Any]],
+    sums: Sequence[Any],
+) -> tuple[list[list[jax.Array]], list[Any]]:
+    outputs = [segment(own, picks) for own in inputs]
+    kept = [own[len(reads) :] for own in outputs]
+    news = [_measure(statistic, reads[n], [own[n] for own in outputs]) for n in range(len(reads))]
+    return kept, _add(list(sums), news)
 
 
-def _measure(statistic: Statistic, layout: layouts.Layout, x: jax.Array) -> jax.Array:
-    def measure(x: jax.Array) -> jax.Array:
-        return statistic(_precise(layout.inputs(x)))
+def _measure(statistic: Statistic, layout: layouts.Layout, xs: Sequence[jax.Array]) -> Any:
+    def measure(*xs: jax.Array) -> Any:
+        return statistic(*(_precise(layout.inputs(x)) for x in xs))
 
-    mesh: Any = jax.typeof(x).sharding.mesh
+    mesh: Any = jax.typeof(xs[0]).sharding.mesh
     if not any(kind == jax.sharding.AxisType.Explicit for kind in mesh.axis_types):
-        return measure(x)
+        return measure(*xs)
     # Rows are flattened and summed over whatever axes they are sharded on. On a mesh with explicit axes one must leave
     # that to the compiler in so many words; each device gets the sum.
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     everywhere: Any = jax.sharding.auto_axes(measure, out_sharding=whole)
-    return everywhere(x)
+    return everywhere(*xs)
 
 
 def _precise(x: jax.Array) -> jax.Array:
@@ -237,8 +259,8 @@ def _as_array(x: Any) -> jax.Array:
     return x if isinstance(x, jax.Array) else jnp.asarray(x)
 
 
-def _check(function: str, problem: plans.Problem, total: jax.Array) -> None:
-    finite, silent = jax.device_get(_health(total))
+def _check(function: str, problem: plans.Problem, total: Any) -> None:
+    finite, silent = jax.device_get(_health(jax.tree.leaves(total)[0]))
     if not finite.all():
         raise ValueError(
             f"{function}: the inputs of {problem.name!r} are not finite, or overflow when squared. Look for NaN or "
