@@ -111,8 +111,8 @@ def _parser() -> argparse.ArgumentParser:
             "  prunax prune model.safetensors mlp.safetensors --sparsity 0.8 --where '*.mlp.*.weight' --dry-run\n"
             "  prunax prune checkpoints/100/default pruned --sparsity 0.5\n"
             "\n"
-            "One tensor is in memory at a time. Only the allocation lamp, and global with blocks or channels, hold all\n"
-            "chosen tensors at once."
+            "One tensor is in memory at a time. Only the allocation lamp, and global with blocks or channels, hold\n"
+            "all chosen tensors at once."
         ),
         **shape,
     )
