@@ -18,7 +18,7 @@ import rich.table
 import prunax
 
 OUT = Path(__file__).parent / "out"
-PACKAGES = "jax jaxlib flax optax numpy scikit-learn tensorflow-datasets grain".split()
+PACKAGES = "jax jaxlib flax optax numpy torch scikit-learn tensorflow-datasets grain".split()
 
 
 class Table(NamedTuple):

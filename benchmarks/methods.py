@@ -321,7 +321,7 @@ def record(
 ) -> dict[str, Any]:
     """What is kept of an outcome with a leading axis of seeds."""
     evaluate = functools.partial(accuracy, network, classes, outcome.params)
-    layers, sizes = {}, {}
+    layers, sizes, fan_in = {}, {}, {}
     named = jax.tree_util.tree_leaves_with_path(outcome.masks)
     for path, mask in named:
         if mask.ndim > 1:  # one mask a seed: scalars, of leaves that are left alone, have one axis
@@ -329,6 +329,7 @@ def record(
             pruned = np.sum(~np.asarray(mask), axis=tuple(range(1, mask.ndim)))
             sizes[name] = mask[0].size
             layers[name] = pruned
+            fan_in[name] = np.asarray(mask).sum(tuple(range(1, mask.ndim - 1))).max(-1).tolist()
     total = sum(sizes.values())
     return {
         "network": network,
@@ -340,6 +341,7 @@ def record(
         "realised_sparsity": _numbers(sum(layers.values()) / total),
         "layer_sparsity": {name: _numbers(n / sizes[name]) for name, n in layers.items()},
         "layer_weights": sizes,
+        "largest_fan_in": fan_in,
         "exact_zeros": bool(np.all(outcome.zeros)),
         "losses": [_numbers(losses) for losses in np.asarray(outcome.losses)],
         "trainings": trainings,
@@ -622,6 +624,21 @@ def claims_table(records: Sequence[Mapping[str, Any]], network: str) -> harness.
     return harness.Table(f"{NETWORKS[network]}: expectations", columns, rows)
 
 
+def fan_in_table(records: Sequence[Mapping[str, Any]], network: str) -> harness.Table:
+    """How unevenly connections are dealt out: the most that one output unit has, and the mean."""
+    rows = []
+    for r in records:
+        if r["network"] == network and r["method"] in ("static", "set", "rigl"):
+            layer, largest = next(iter(sorted(r.get("largest_fan_in", {}).items())), (None, None))
+            if layer is None:
+                continue
+            kept = 1 - statistics.mean(r["layer_sparsity"][layer])
+            cells = f"{r['sparsity']:.0%}", f"{kept:.2%}", f"{statistics.mean(largest):.0f}"
+            rows.append((f"{r['method']}, {layer}", *cells))
+    columns = "method, layer", "sparsity", "connections left", "most at one unit"
+    return harness.Table(f"{NETWORKS[network]}: where connections are", columns, rows)
+
+
 def tables(content: Mapping[str, Any], stem: str = "methods") -> dict[str, harness.Table]:
     """All tables of a results file of a stem, by the name that `render.py` knows them by."""
     records = content["records"]
@@ -632,6 +649,9 @@ def tables(content: Mapping[str, Any], stem: str = "methods") -> dict[str, harne
             claims = claims_table(records, network)
             if claims.rows:
                 named[f"{stem}/{network}/claims"] = claims
+            fan_in = fan_in_table(records, network)
+            if fan_in.rows:
+                named[f"{stem}/{network}/fan-in"] = fan_in
     return named
 
 

@@ -159,6 +159,23 @@ def cases(
     }
 
 
+def tables(content: Mapping[str, Any]) -> dict[str, harness.Table]:
+    """The table of a results file, by the name that `render.py` knows it by."""
+    rows = [
+        (
+            f"{name}: {kind}",
+            f"{1e3 * result['seconds'][kind] / result['steps']:.3f}",
+            f"{result['ratio'][kind]:.3f}",
+            f"{share:.4f}" if (share := result["mask bytes / params bytes"].get(kind)) else "",
+        )
+        for name, result in content["results"].items()
+        for kind in result["seconds"]
+    ]
+    columns = "training: masks", "ms a step", "against dense", "mask bytes / params bytes"
+    title = f"Adam, batch {BATCH}, float32, 90% pruned; medians"
+    return {"overhead": harness.Table(title, columns, rows)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer turns")
@@ -184,23 +201,15 @@ def main() -> None:
             results[name]["mask bytes / params bytes"] = {
                 n: round(mask_bytes(run), 5) for n, run in pruned.items()
             }
-    rows = [
-        (
-            name,
-            kind,
-            f"{1e3 * result['seconds'][kind] / result['steps']:.3f}",
-            f"{result['ratio'][kind]:.3f}",
-            f"{result['mask bytes / params bytes'].get(kind, 0):.4f}",
-        )
-        for name, result in results.items()
-        for kind in result["seconds"]
-    ]
-    columns = "training", "masks", "ms a step", "against dense", "mask bytes / params bytes"
-    table = harness.Table(f"Adam, batch {BATCH}, float32, 90% pruned; medians", columns, rows)
+    content = {
+        "command": "python -m benchmarks.overhead",
+        "environment": harness.environment(),
+        "results": results,
+    }
+    (table,) = tables(content).values()
     console.print(table)
     file = args.out / "overhead.json"
-    content = {"command": "python -m benchmarks.overhead", "environment": harness.environment()}
-    harness.write_json(file, content | {"results": results})
+    harness.write_json(file, content)
     file.with_suffix(".md").write_text(f"# {table.title}\n\n{table.markdown()}\n")
     console.print(f"Figures: {file} and .md", soft_wrap=True, highlight=False)
 

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import methods, robustness
+from benchmarks import methods, overhead, robustness, selection, sharded
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -23,6 +23,9 @@ SOURCES = {
     "methods": methods.tables,
     "methods-long": functools.partial(methods.tables, stem="methods-long"),
     "robustness": robustness.tables,
+    "selection": selection.tables,
+    "overhead": overhead.tables,
+    "sharded": sharded.tables,
 }
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end table -->)", re.DOTALL)
 

@@ -9,12 +9,12 @@ import argparse
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 FLAG = "--xla_force_host_platform_device_count"
-if FLAG not in os.environ.get("XLA_FLAGS", ""):  # read once, when jax is imported
+if __name__ == "__main__" and FLAG not in os.environ.get("XLA_FLAGS", ""):  # read once, by jax
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}=8".strip()
 
 import jax  # noqa: E402
@@ -114,9 +114,10 @@ def measure(
     }
 
 
-def table(results: list[dict[str, Any]]) -> harness.Table:
+def tables(content: Mapping[str, Any]) -> dict[str, harness.Table]:
+    """The table of a results file, by the name that `render.py` knows it by."""
     rows = []
-    for r in results:
+    for r in content["results"]:
         if "refused" in r:
             cells = ["refused", *[""] * (len(COLLECTIVES) + 3)]
         else:
@@ -136,7 +137,7 @@ def table(results: list[dict[str, Any]]) -> harness.Table:
         "as on one device",
         "ms",
     )
-    return harness.Table("Masks of sharded params", columns, rows)
+    return {"sharded": harness.Table("Masks of sharded params", columns, rows)}
 
 
 def main() -> None:
@@ -159,8 +160,6 @@ def main() -> None:
                 progress.update(task, note=f"{name}, {kind}")
                 results.append(measure(name, mesh, host, params, args.repeats))
                 progress.update(task, advance=1)
-    shown = table(results)
-    console.print(shown)
     file = args.out / "sharded.json"
     content = {
         "command": "python -m benchmarks.sharded",
@@ -169,6 +168,8 @@ def main() -> None:
         "params": {name: [args.size, args.size] for name in SPECS},
         "results": results,
     }
+    (shown,) = tables(content).values()
+    console.print(shown)
     harness.write_json(file, content)
     file.with_suffix(".md").write_text(f"# {shown.title}\n\n{shown.markdown()}\n")
     console.print(f"Figures: {file} and .md", soft_wrap=True, highlight=False)
