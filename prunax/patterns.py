@@ -15,6 +15,7 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from prunax import trees
 
@@ -278,14 +279,17 @@ class Block:
         padding = [(0, 0)] * (scores.ndim - 2) + [
             (0, -n % b) for n, b in zip(scores.shape[-2:], self.shape, strict=True)
         ]
-
-        def total(x: jax.Array) -> jax.Array:
-            return jax.lax.reduce_window(
-                x, jnp.zeros((), x.dtype), jax.lax.add, window, window, padding
-            )
-
         x = scores.astype(trees.wide_dtype(scores.dtype))
-        return total(x) / total(jnp.ones_like(x))
+        total = jax.lax.reduce_window(
+            x, jnp.zeros((), x.dtype), jax.lax.add, window, window, padding
+        )
+        # Blocks at the far edges hold fewer weights.
+        height, width = (
+            np.minimum(b, n - np.arange(0, n, b))
+            for n, b in zip(scores.shape[-2:], self.shape, strict=True)
+        )
+        sizes = (height[:, None] * width).reshape((1,) * (scores.ndim - 2) + total.shape[-2:])
+        return total / sizes.astype(x.dtype)
 
     def expand(self, mask: jax.Array, shape: Shape) -> jax.Array:
         for axis, block in zip((-2, -1), self.shape, strict=True):
