@@ -136,6 +136,15 @@ def where_it_pays(results: list[dict[str, Any]]) -> harness.Table:
     )
 
 
+def _save(file: Path, results: list[dict[str, Any]]) -> None:
+    content = {
+        "command": "python -m benchmarks.packed",
+        "environment": harness.environment(),
+        "results": results,
+    }
+    harness.write_json(file, content)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.packed", description=__doc__)
     parser.add_argument("--part", choices=["blocks", "inputs", "all"], default="all")
@@ -157,14 +166,9 @@ def main() -> None:
                 for r in results
                 if (r["pattern"], tuple(r["shape"]), r["sparsity"], r["batch"]) not in places
             ] + new
+            results.sort(key=lambda r: (r["pattern"], [*r["shape"]], r["sparsity"], r["batch"]))
+            _save(file, results)  # at once: what was measured stays, should the rest not be
             progress.update(task, advance=1, note=f"{name}, {shape[0]} x {shape[1]}")
-    results.sort(key=lambda r: (r["pattern"], r["shape"], r["sparsity"], r["batch"]))
-    content = {
-        "command": "python -m benchmarks.packed",
-        "environment": harness.environment(),
-        "results": results,
-    }
-    harness.write_json(file, content)
     tables = [speedups(results), where_it_pays(results)]
     slowest = min(r["chosen_speedup"] for r in results)
     text = (
