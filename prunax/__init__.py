@@ -19,20 +19,23 @@ from prunax import (
     scores,
     selection,
     structured,
+    tables,
     transforms,
     trees,
 )
 from prunax.masks import apply_masks, compute_masks, straight_through
-from prunax.report import Summary, summarize
+from prunax.report import Comparison, Summary, compare_masks, summarize
 from prunax.transforms import prune
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Comparison",
     "Summary",
     "allocation",
     "apply_masks",
     "calibration",
+    "compare_masks",
     "compute_masks",
     "counts",
     "export",
@@ -48,6 +51,7 @@ __all__ = [
     "straight_through",
     "structured",
     "summarize",
+    "tables",
     "transforms",
     "trees",
 ]

@@ -1,6 +1,5 @@
-"""What a pruned model looks like: sizes and sparsities, leaf by leaf."""
+"""What a pruned model looks like: sizes and sparsities, leaf by leaf, and how one mask tree differs from another."""
 
-import io
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from prunax import trees
+from prunax.tables import Table
 
-__all__ = ["LeafSummary", "Summary", "summarize"]
+__all__ = ["Comparison", "LeafComparison", "LeafSummary", "Summary", "compare_masks", "summarize"]
 
 PyTree = Any
 
@@ -96,35 +96,165 @@ class Summary:
             },
         }
 
-    def __rich__(self) -> Any:
-        """Render as a `rich.table.Table`."""
-        from rich.table import Table
-
-        table = Table("leaf", "shape", "dtype")
-        for name in ("weights", "kept", "sparsity"):
-            table.add_column(name, justify="right")
-        for leaf in self.leaves:
-            sparsity = f"{leaf.sparsity:.2%}" if leaf.prunable else "-"
-            shape = " x ".join(map(str, leaf.shape)) or "scalar"
-            table.add_row(
-                leaf.path, shape, leaf.dtype, f"{leaf.weights:,}", f"{leaf.kept:,}", sparsity
+    def table(self) -> Table:
+        """Arrange the summary as a `tables.Table`, to print, or to turn into Markdown or HTML."""
+        rows = [
+            (
+                leaf.path,
+                " x ".join(map(str, leaf.shape)) or "scalar",
+                leaf.dtype,
+                f"{leaf.weights:,}",
+                f"{leaf.kept:,}",
+                f"{leaf.sparsity:.2%}" if leaf.prunable else "-",
             )
-        table.add_section()
-        table.add_row(
-            "prunable", "", "", f"{self.weights:,}", f"{self.kept:,}", f"{self.sparsity:.2%}"
-        )
+            for leaf in self.leaves
+        ]
         total = _sparsity(self.parameters, self.parameters_kept)
-        table.add_row(
-            "total", "", "", f"{self.parameters:,}", f"{self.parameters_kept:,}", f"{total:.2%}"
+        footer = [
+            ("prunable", "", "", f"{self.weights:,}", f"{self.kept:,}", f"{self.sparsity:.2%}"),
+            ("total", "", "", f"{self.parameters:,}", f"{self.parameters_kept:,}", f"{total:.2%}"),
+        ]
+        return Table(
+            ("leaf", "shape", "dtype", "weights", "kept", "sparsity"), rows, footer, text=3
         )
-        return table
+
+    def to_markdown(self) -> str:
+        """Turn the summary into a Markdown table."""
+        return self.table().markdown()
+
+    def _repr_html_(self) -> str:
+        return self.table().html()
+
+    def __rich__(self) -> Any:
+        return self.table().__rich__()
 
     def __str__(self) -> str:
-        from rich.console import Console
+        return str(self.table())
 
-        console = Console(file=io.StringIO(), width=120)
-        console.print(self)
-        return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+
+@dataclass(frozen=True)
+class LeafComparison:
+    """One line of a `Comparison`, of a leaf that has a mask of its own.
+
+    Attributes:
+        path: ``encoder/0/kernel``.
+        weights: Number of elements.
+        both: Kept before and after.
+        removed: Kept before only.
+        added: Kept after only.
+    """
+
+    path: str
+    weights: int
+    both: int
+    removed: int
+    added: int
+
+    @property
+    def overlap(self) -> float:
+        """Those kept in both as a fraction of those kept in either (Jaccard), in [0, 1]; 1 where nothing is kept."""
+        either = self.both + self.removed + self.added
+        return self.both / either if either else 1.0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How one mask tree differs from another. Prints as a table.
+
+    Attributes:
+        leaves: One `LeafComparison` for each leaf that either tree masks.
+    """
+
+    leaves: tuple[LeafComparison, ...]
+
+    @property
+    def total(self) -> LeafComparison:
+        """All leaves together."""
+        sums = (sum(getattr(leaf, n) for leaf in self.leaves) for n in _COUNTED)
+        return LeafComparison("total", *sums)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Turn the comparison into plain Python values, ready for JSON.
+
+        Returns:
+            ``{"leaves": [{"path", "weights", "both", "removed", "added", "overlap"}, ...], "total": {...}}``.
+        """
+        return {
+            "leaves": [asdict(leaf) | {"overlap": leaf.overlap} for leaf in self.leaves],
+            "total": asdict(self.total) | {"overlap": self.total.overlap},
+        }
+
+    def table(self) -> Table:
+        """Arrange the comparison as a `tables.Table`."""
+
+        def row(leaf: LeafComparison) -> tuple[str, ...]:
+            return leaf.path, *(f"{getattr(leaf, n):,}" for n in _COUNTED), f"{leaf.overlap:.2%}"
+
+        columns = ("leaf", "weights", "kept in both", "removed", "added", "overlap")
+        return Table(columns, [row(leaf) for leaf in self.leaves], [row(self.total)])
+
+    def to_markdown(self) -> str:
+        """Turn the comparison into a Markdown table."""
+        return self.table().markdown()
+
+    def _repr_html_(self) -> str:
+        return self.table().html()
+
+    def __rich__(self) -> Any:
+        return self.table().__rich__()
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+
+_COUNTED = ("weights", "both", "removed", "added")
+
+
+def compare_masks(before: PyTree, after: PyTree) -> Comparison:
+    """Count, leaf by leaf, what two mask trees keep in common and what moved.
+
+    Args:
+        before: Mask tree, True = kept.
+        after: Mask tree of the same structure. A scalar stands for all weights of its leaf.
+
+    Returns:
+        A `Comparison`: ``print(comparison)`` shows a table, ``comparison.total.overlap`` the Jaccard index of the kept
+        weights. Leaves that are scalars in both trees are left out.
+
+    Raises:
+        ValueError: If the structures or shapes differ, naming the leaf.
+        TypeError: If a mask is not boolean, naming the leaf.
+
+    Examples:
+        >>> import jax.numpy as jnp, prunax
+        >>> before = {"kernel": jnp.array([[True, True], [False, False]])}
+        >>> after = {"kernel": jnp.array([[True, False], [True, False]])}
+        >>> leaf = prunax.compare_masks(before, after).total
+        >>> leaf.both, leaf.removed, leaf.added
+        (1, 1, 1)
+    """
+    names, ours = trees.paths(before), jax.tree.leaves(before)
+    theirs = trees.leaves_like("compare_masks", "masks after", after, before)
+    rows = []
+    for name, a, b in zip(names, ours, theirs, strict=True):
+        for mask in (a, b):
+            dtype = getattr(mask, "dtype", np.dtype(type(mask)))
+            if dtype != np.bool_:
+                raise TypeError(
+                    f"compare_masks: the mask of {name!r} must be bool, got {dtype}. "
+                    f"Unpack packed masks with prunax.transforms.unpack_masks."
+                )
+        shapes = [np.shape(mask) for mask in (a, b) if np.shape(mask)]
+        if not shapes:
+            continue
+        if len(set(shapes)) > 1:
+            raise ValueError(
+                f"compare_masks: the masks of {name!r} have shapes {shapes[0]} and {shapes[1]}."
+            )
+        a, b = (jnp.broadcast_to(jnp.asarray(mask), shapes[0]) for mask in (a, b))
+        counts = (_count(a & b), _count(a & ~b), _count(b & ~a))
+        rows.append(LeafComparison(name, int(np.prod(shapes[0], dtype=np.int64)), *counts))
+    return Comparison(tuple(rows))
 
 
 def summarize(params: PyTree, masks: PyTree | None = None) -> Summary:

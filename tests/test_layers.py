@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "prunax"
 LAYERS = [
-    {"trees"},
+    {"trees", "tables"},
     {"counts", "scores", "patterns", "penalties", "selection", "schedules", "packing", "jaxprs"},
     {"allocation"},
     {"masks", "report", "plots"},

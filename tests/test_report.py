@@ -102,3 +102,43 @@ def test_packed_masks_of_the_shape_of_the_leaf_are_not_counted_as_bool():
         TypeError, match=r"summarize: the mask of 'kernel' must be bool, got uint8.*unpack_masks"
     ):
         prunax.summarize({"kernel": jnp.ones((1, 4))}, {"kernel": jnp.ones((1, 4), jnp.uint8)})
+
+
+def test_markdown_and_html():
+    summary = prunax.summarize(PARAMS, MASKS)
+    lines = summary.to_markdown().splitlines()
+    assert lines[0] == "| leaf | shape | dtype | weights | kept | sparsity |"
+    assert lines[1] == "| --- | --- | --- | ---: | ---: | ---: |"
+    assert lines[3] == "| dense/kernel | 4 x 5 | float32 | 20 | 6 | 70.00% |"
+    assert lines[-1].startswith("| **total** |")
+    page = summary._repr_html_()
+    assert page.count("<tr>") == 1 + 3 + 2 and ">dense/kernel</td>" in page
+
+
+def test_html_escapes_what_paths_hold():
+    page = prunax.summarize({"<script>alert(1)</script>": jnp.ones(3)})._repr_html_()
+    assert "<script>" not in page and "&lt;script&gt;" in page
+
+
+def test_comparison_counts_what_moved():
+    before = {"a": jnp.array([True, True, False, False]), "b": jnp.ones((), bool)}
+    after = {"a": jnp.array([True, False, True, False]), "b": jnp.ones((), bool)}
+    comparison = prunax.compare_masks(before, after)
+    (leaf,) = comparison.leaves
+    assert (leaf.path, leaf.weights, leaf.both, leaf.removed, leaf.added) == ("a", 4, 1, 1, 1)
+    assert leaf.overlap == pytest.approx(1 / 3)
+    assert prunax.compare_masks(before, before).total.overlap == 1.0
+    assert json.loads(json.dumps(comparison.to_dict())) == comparison.to_dict()
+    assert "33.33%" in str(comparison) and "33.33%" in comparison.to_markdown()
+    whole = prunax.compare_masks({"a": True, "b": True}, before)  # scalars stand for all weights
+    assert (whole.total.both, whole.total.removed) == (2, 2)
+
+
+def test_comparison_names_what_does_not_fit():
+    a = {"kernel": jnp.ones((2, 3), bool)}
+    with pytest.raises(ValueError, match=r"'kernel' have shapes \(2, 3\) and \(3, 2\)"):
+        prunax.compare_masks(a, {"kernel": jnp.ones((3, 2), bool)})
+    with pytest.raises(TypeError, match=r"'kernel' must be bool, got uint8.*unpack_masks"):
+        prunax.compare_masks(a, {"kernel": jnp.ones((2, 3), jnp.uint8)})
+    with pytest.raises(ValueError, match=r"compare_masks: .*'kernel'"):
+        prunax.compare_masks(a, {"other": jnp.ones((2, 3), bool)})

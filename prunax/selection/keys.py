@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-__all__ = ["largest_key", "rank_keys", "sort_keys"]
+__all__ = ["sort_keys"]
 
 Array = jax.Array
 

@@ -19,16 +19,7 @@ from prunax import trees
 from prunax.counts import WIDE, Number, exact_sum
 from prunax.selection.keys import rank_keys
 
-__all__ = [
-    "PIVOTS",
-    "Leaf",
-    "Score",
-    "count_before",
-    "count_hits",
-    "describe",
-    "value_of",
-    "write_mask",
-]
+__all__ = ["Score", "value_of"]
 
 Array = jax.Array
 Score = Array | Partial
@@ -37,7 +28,20 @@ PIVOTS = 4  # counted in one read: on a CPU four cost about what one costs, eigh
 
 
 def value_of(score: Score) -> Array:
-    """The array that a score is or makes."""
+    """Evaluate a score that is not evaluated yet.
+
+    Args:
+        score: An array, or ``Partial(f, *arrays)``.
+
+    Returns:
+        The array itself, or ``f(*arrays)``.
+
+    Examples:
+        >>> import jax.numpy as jnp, prunax
+        >>> from jax.tree_util import Partial
+        >>> prunax.selection.value_of(Partial(jnp.abs, jnp.array([-2.0, 1.0]))).tolist()
+        [2.0, 1.0]
+    """
     return score() if isinstance(score, Partial) else score
 
 

@@ -13,7 +13,7 @@ from jax import lax
 from prunax.counts import Count, Number, exact_sum, less, subtract, to_float, where
 from prunax.selection.reading import PIVOTS
 
-__all__ = ["Bracket", "Owner", "narrow", "of_leaves", "pool_totals", "search", "start"]
+__all__ = ["Bracket"]
 
 Array = jax.Array
 # Of each leaf the pool it belongs to, ascending; None where each is a pool of its own.

@@ -1,0 +1,89 @@
+"""Tables as values: the same rows for a terminal, for Markdown and for a page."""
+
+import html
+import io
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+__all__ = ["Table"]
+
+
+class Table(NamedTuple):
+    """Rows of text under columns. Prints as a table; a notebook shows it as HTML.
+
+    Attributes:
+        columns: The headings. Columns of `text` are aligned left, the others right.
+        rows: One text for each column.
+        footer: Rows below a line: totals.
+        text: How many of the first columns hold words rather than numbers.
+        title: Above the table, or empty.
+
+    Examples:
+        >>> import prunax
+        >>> table = prunax.tables.Table(("leaf", "weights"), [("kernel", "20")], [("total", "26")])
+        >>> print(table.markdown())
+        | leaf | weights |
+        | --- | ---: |
+        | kernel | 20 |
+        | **total** | **26** |
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    footer: Sequence[Sequence[str]] = ()
+    text: int = 1
+    title: str = ""
+
+    def markdown(self) -> str:
+        """Render as a Markdown table; the footer is bold."""
+        rule = ["---"] * self.text + ["---:"] * (len(self.columns) - self.text)
+        bold = [[f"**{cell}**" if cell else "" for cell in row] for row in self.footer]
+        rows = [self.columns, rule, *self.rows, *bold]
+        return "\n".join(
+            f"| {' | '.join(c.replace('|', chr(92) + '|') for c in row)} |" for row in rows
+        )
+
+    def html(self) -> str:
+        """Render as an HTML table, everything in it escaped."""
+
+        def cells(row: Sequence[str], tag: str) -> str:
+            return "".join(
+                f'<{tag} style="text-align: {"left" if i < self.text else "right"}">{html.escape(cell)}</{tag}>'
+                for i, cell in enumerate(row)
+            )
+
+        def lines(rows: Sequence[Sequence[str]], tag: str) -> str:
+            return "".join(f"<tr>{cells(row, tag)}</tr>" for row in rows)
+
+        caption = f"<caption>{html.escape(self.title)}</caption>" if self.title else ""
+        foot = f"<tfoot>{lines(self.footer, 'th')}</tfoot>" if self.footer else ""
+        return (
+            f"<table>{caption}<thead>{lines([self.columns], 'th')}</thead>"
+            f"<tbody>{lines(self.rows, 'td')}</tbody>{foot}</table>"
+        )
+
+    def _repr_html_(self) -> str:
+        return self.html()
+
+    def __rich__(self) -> Any:
+        """Render as a `rich.table.Table`."""
+        import rich.markup
+        from rich.table import Table as RichTable
+
+        table = RichTable(title=rich.markup.escape(self.title) or None)
+        for i, column in enumerate(self.columns):
+            table.add_column(column, justify="left" if i < self.text else "right")
+        for row in self.rows:
+            table.add_row(*map(rich.markup.escape, row))
+        if self.footer:
+            table.add_section()
+        for row in self.footer:
+            table.add_row(*map(rich.markup.escape, row))
+        return table
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(file=io.StringIO(), width=120)
+        console.print(self)
+        return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
