@@ -182,6 +182,25 @@ def test_numbers_are_stored_and_other_leaves_are_taken_from_like(tmp_path):
     assert loaded == {"scale": 0.1, "steps": 2**40, "on": True, "f": jnp.sin, "n": "other"}
 
 
+def test_big_endian_arrays_keep_their_values(tmp_path):
+    export.save_params(tmp_path / "x", {"w": np.array([1.5, 0.0, 2.5] * 9, ">f4")})
+    loaded = export.load_params(tmp_path / "x")["w"]
+    assert loaded.dtype == np.float32 and loaded.tolist() == [1.5, 0.0, 2.5] * 9
+
+
+def test_arrays_in_any_memory_order(tmp_path):
+    w = np.arange(24.0).reshape(2, 3, 4)
+    params = {
+        "fortran": np.asfortranarray(w),
+        "transposed": w.T,
+        "every other": w[:, ::2],
+        "broadcast": np.broadcast_to(w[0], w.shape),
+    }
+    export.save_params(tmp_path / "x", params)
+    for name, array in export.load_params(tmp_path / "x").items():
+        np.testing.assert_array_equal(array, params[name])
+
+
 def test_wide_dtypes_are_not_narrowed(tmp_path):
     params = {"w": np.array([1 / 3])}
     export.save_params(tmp_path / "x", params)
@@ -209,6 +228,10 @@ def test_sharding_follows_like(tmp_path):
         ({"__metadata__": np.ones(1)}, ValueError, "Rename the leaf"),
         ({"\ud800": np.ones(1)}, ValueError, "no valid text"),
         ({"rng": jax.random.key(0)}, TypeError, "'rng' is a typed random key"),
+        ({"x": np.array([{}, "text"])}, TypeError, "'x' is object, which is no dtype of numbers"),
+        ({"x": np.array(["text"])}, TypeError, "'x' is <U4"),
+        ({"x": 2**100}, TypeError, "'x' is object"),
+        ({"x": np.zeros(2, [("a", "f4")])}, TypeError, "no dtype of numbers"),
     ],
 )
 def test_save_params_refuses(tmp_path, tree, error, match):

@@ -15,6 +15,7 @@ import numpy as np
 from prunax import masks as mask_trees
 from prunax import patterns, trees
 from prunax.export.container import FormatError
+from prunax.export.encoding import DTYPES
 from prunax.export.store import ArrayReader, ArrayWriter, Stored
 from prunax.export.verify import verify_pattern
 
@@ -121,7 +122,7 @@ def save_params(path: Path, params: PyTree, *, overwrite: bool = False) -> None:
 
     Raises:
         FileExistsError: If the file is there already, unless `overwrite`.
-        TypeError: If a leaf is a typed random key, naming it.
+        TypeError: If a leaf is a typed random key, or its dtype is not one of numbers, naming it.
         ValueError: If two leaves have one path, or a leaf lies on devices of other processes.
 
     Examples:
@@ -224,11 +225,18 @@ def _save(
                 f"{function}: {name!r} lies partly on devices of other processes. Gather it first, or write an Orbax "
                 f"checkpoint."
             )
+    for name, leaf in arrays.items():
+        if _dtype(leaf).name not in DTYPES:
+            raise TypeError(
+                f"{function}: {name!r} is {_dtype(leaf)}, which is no dtype of numbers that can be stored. Convert it, "
+                f"or take it out of the tree."
+            )
     kinds = {n: (np.shape(leaf), _dtype(leaf).name) for n, leaf in arrays.items()}
     with ArrayWriter(path, kinds, kind=kind, metadata=metadata, overwrite=overwrite) as writer:
         # Wide elements first: whoever maps the file into memory finds each tensor aligned.
         for name in sorted(arrays, key=lambda n: -_dtype(arrays[n]).itemsize):
-            writer.add(name, np.asarray(jax.device_get(arrays[name])))
+            array = np.asarray(jax.device_get(arrays[name]))
+            writer.add(name, array.astype(DTYPES[array.dtype.name], copy=False))  # little-endian
 
 
 def _named_leaves(function: str, tree: PyTree) -> tuple[list[str], list[Any], Any]:
