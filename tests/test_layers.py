@@ -13,8 +13,9 @@ LAYERS = [
     {"trees", "tables"},
     {"counts", "scores", "patterns", "penalties", "selection", "schedules", "packing", "jaxprs"},
     {"allocation"},
-    {"masks", "report", "plots"},
-    {"transforms", "initialization", "lottery", "calibration", "structured", "search", "export"},
+    {"masks", "report"},
+    {"transforms", "initialization", "lottery", "calibration", "structured", "export", "plots"},
+    {"search", "pages"},
     {"cli"},
     {"__main__"},
 ]

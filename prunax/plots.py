@@ -1,0 +1,364 @@
+"""Pictures of pruning, each a matplotlib `Figure` to show in a notebook or to save.
+
+Needs matplotlib: ``pip install 'prunax[plots]'``. Figures are made without pyplot, so that nothing global changes and
+no window opens: ``figure.savefig("layers.png")``, or leave it as the last line of a notebook cell.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from prunax import trees
+from prunax.report import summarize
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["fronts", "heat_map", "layers", "masks", "schedule", "weights"]
+
+PyTree = Any
+_BINS = 101
+
+
+def layers(params: PyTree, masks: PyTree | None = None, *, title: str = "") -> "Figure":
+    """Draw the sparsity of each prunable leaf, and how many weights it keeps of how many.
+
+    Args:
+        params: Pytree of arrays.
+        masks: Mask tree, True = kept; without it zeros of kernels count as pruned, as in `prunax.summarize`.
+        title: Above the picture.
+
+    Returns:
+        The figure, with a bar for each prunable leaf and a dashed line at the sparsity of all together.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        ValueError: If the structures differ, or no leaf is prunable.
+
+    Examples:
+        >>> import jax.numpy as jnp, prunax
+        >>> params = {"kernel": jnp.ones((8, 8))}
+        >>> figure = prunax.plots.layers(params, prunax.compute_masks(params, 0.75))
+        >>> len(figure.axes)
+        2
+    """
+    summary = summarize(params, masks)
+    rows = [leaf for leaf in summary.leaves if leaf.prunable]
+    if not rows:
+        raise ValueError(
+            "plots.layers: no leaf is prunable. Pass the masks, or params with kernels."
+        )
+    figure = _figure(9, 1.6 + 0.32 * len(rows), title)
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    positions = range(len(rows))
+    left.barh(positions, [100 * leaf.sparsity for leaf in rows], color="C0")
+    left.axvline(100 * summary.sparsity, color="0.3", linestyle="--", linewidth=1)
+    left.set(xlim=(0, 100), xlabel=f"sparsity, % (all: {summary.sparsity:.1%})")
+    right.barh(positions, [leaf.weights for leaf in rows], color="0.85", label="weights")
+    right.barh(positions, [leaf.kept for leaf in rows], color="C0", label="kept")
+    right.set_xscale("symlog")
+    right.set(xlabel="number, on a logarithmic scale")
+    right.legend(fontsize="small")
+    left.set_yticks(positions, [leaf.path for leaf in rows])
+    left.invert_yaxis()
+    for axes in (left, right):
+        axes.grid(axis="x", alpha=0.3)
+    return figure
+
+
+def weights(
+    params: PyTree,
+    masks: PyTree,
+    *,
+    where: trees.Where = trees.is_kernel,
+    title: str = "",
+) -> "Figure":
+    """Draw histograms of the weights, kept and pruned apart, and the magnitude that divides them.
+
+    Args:
+        params: Pytree of arrays, before the masks were applied.
+        masks: Mask tree of the same structure, True = kept.
+        where: ``where(path, leaf) -> bool`` chooses the leaves to draw.
+        title: Above the picture.
+
+    Returns:
+        The figure, a panel a leaf. Dashed lines stand at the smallest magnitude that is kept.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        ValueError: If the structures differ, or `where` selects no leaf with a mask of its own.
+
+    Examples:
+        >>> import jax, prunax
+        >>> params = {"kernel": jax.random.normal(jax.random.key(0), (8, 8))}
+        >>> figure = prunax.plots.weights(params, prunax.compute_masks(params, 0.75))
+        >>> len(figure.axes)
+        1
+    """
+    chosen = trees.select(params, where)
+    kept = chosen.take("plots.weights", "masks", masks)
+    panels = [
+        (path, np.asarray(leaf, np.float64), np.asarray(mask))
+        for path, leaf, mask in zip(chosen.paths, chosen.leaves, kept, strict=True)
+        if np.shape(mask) == leaf.shape and leaf.size
+    ]
+    if not panels:
+        raise ValueError("plots.weights: `where` selects no leaf that has a mask of its own.")
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = _figure(4 * columns, 2.6 * lines, title)
+    for axes, (path, leaf, mask) in zip(
+        figure.subplots(lines, columns, squeeze=False).flat, panels, strict=False
+    ):
+        finite = np.isfinite(leaf)
+        edge = np.abs(leaf[finite]).max(initial=0) or 1.0
+        bins = np.linspace(-edge, edge, _BINS)
+        parts = [leaf[mask & finite], leaf[~mask & finite]]
+        axes.hist(parts, bins, stacked=True, color=["C0", "0.75"], label=["kept", "pruned"])
+        if parts[0].size and parts[1].size:
+            for sign in (-1, 1):
+                axes.axvline(
+                    sign * np.abs(parts[0]).min(), color="0.2", linestyle="--", linewidth=1
+                )
+        axes.set_title(f"{path}: {1 - mask.mean():.1%} pruned", fontsize="small")
+        axes.tick_params(labelsize="small")
+    _hide_rest(figure, len(panels))
+    figure.axes[0].legend(fontsize="small")
+    return figure
+
+
+def schedule(schedule: Any, steps: int, *, title: str = "") -> "Figure":
+    """Draw a sparsity schedule over the steps, with a dot at each step that updates masks.
+
+    Args:
+        schedule: From `prunax.schedules`, or a number.
+        steps: How many steps to draw, positive.
+        title: Above the picture.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        ValueError: If steps is not positive.
+
+    Examples:
+        >>> import prunax
+        >>> figure = prunax.plots.schedule(prunax.schedules.polynomial(0.9, 10, 90, every=10), 100)
+        >>> figure.axes[0].get_ylabel()
+        'sparsity, %'
+    """
+    from prunax.schedules import as_schedule
+
+    if steps < 1:
+        raise ValueError(f"plots.schedule: steps must be positive, got {steps}.")
+    plan = as_schedule(schedule)
+    at = jnp.arange(steps)
+    values = 100 * np.asarray(jax.vmap(plan)(at))
+    updates = np.asarray(jax.vmap(plan.is_update_step)(at))
+    # Masks are those of the last update.
+    at = np.asarray(at)
+    last = np.maximum.accumulate(np.where(updates, at, -1))
+    held = np.where(last >= 0, values[last], 0.0)
+    figure = _figure(7, 3, title)
+    axes = figure.subplots()
+    axes.plot(at, values, color="0.7", label="schedule")
+    axes.step(at, held, where="post", color="C0", label="masks")
+    axes.plot(at[updates], values[updates], ".", color="C0", markersize=4, label="mask update")
+    axes.set(xlabel="step", ylabel="sparsity, %", ylim=(-3, 103))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    return figure
+
+
+def heat_map(
+    names: Sequence[str],
+    sparsities: Sequence[float],
+    values: Any,
+    *,
+    label: str = "increase of the loss",
+    title: str = "",
+) -> "Figure":
+    """Draw a number for each leaf and sparsity: how the loss grows where one leaf alone is pruned.
+
+    Args:
+        names: Of L leaves or groups.
+        sparsities: S fractions.
+        values: [L, S] numbers. Those that are not finite are left white.
+        label: What they are.
+        title: Above the picture.
+
+    Returns:
+        The figure: names down, sparsities across, colours on a logarithmic scale where all values are positive.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        ValueError: If the shape of the values is not [L, S].
+
+    Examples:
+        >>> import prunax
+        >>> figure = prunax.plots.heat_map(["a", "b"], [0.5, 0.9], [[0.1, 0.5], [0.01, 0.02]])
+        >>> [text.get_text() for text in figure.axes[0].get_yticklabels()]
+        ['a', 'b']
+    """
+    from matplotlib.colors import LogNorm
+
+    table = np.asarray(values, np.float64)
+    if table.shape != (len(names), len(sparsities)):
+        raise ValueError(
+            f"plots.heat_map: values must have shape ({len(names)}, {len(sparsities)}), one row a name and one column "
+            f"a sparsity, got {table.shape}."
+        )
+    figure = _figure(2.5 + 0.7 * len(sparsities), 1.6 + 0.3 * len(names), title)
+    axes = figure.subplots()
+    finite = table[np.isfinite(table)]
+    positive = finite.size > 0 and finite.min() > 0 and finite.max() > finite.min()
+    image = axes.imshow(
+        np.ma.masked_invalid(table),
+        aspect="auto",
+        cmap="viridis",
+        norm=LogNorm(finite.min(), finite.max()) if positive else None,
+    )
+    axes.set_xticks(range(len(sparsities)), [f"{s:.0%}" for s in sparsities])
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel("sparsity of the one leaf")
+    figure.colorbar(image, label=label)
+    return figure
+
+
+def fronts(
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    dense: float | None = None,
+    ylabel: str = "accuracy",
+    title: str = "",
+) -> "Figure":
+    """Draw one number against sparsity, a line for each method.
+
+    Args:
+        curves: For each method its points ``(sparsity, value)``, sparsities below 1.
+        dense: The value of the dense model, a dashed line.
+        ylabel: What the value is.
+        title: Above the picture.
+
+    Returns:
+        The figure. The horizontal axis is logarithmic in what is kept, so that 90% and 99% lie as far apart as 0 and
+        90%.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        ValueError: If a sparsity is outside [0, 1).
+
+    Examples:
+        >>> import prunax
+        >>> curves = {"magnitude": [(0.5, 0.98), (0.9, 0.95)], "random": [(0.5, 0.9), (0.9, 0.6)]}
+        >>> figure = prunax.plots.fronts(curves, dense=0.98)
+        >>> len(figure.axes[0].get_lines())
+        3
+    """
+    figure = _figure(6.5, 4, title)
+    axes = figure.subplots()
+    if dense is not None:
+        axes.axhline(dense, color="0.4", linestyle="--", linewidth=1, label="dense")
+    ticks = set()
+    for i, (name, points) in enumerate(curves.items()):
+        sparsity, value = np.asarray(sorted(points), np.float64).reshape(-1, 2).T
+        if sparsity.size and not (sparsity.min() >= 0 and sparsity.max() < 1):
+            raise ValueError(f"plots.fronts: the sparsities of {name!r} must lie in [0, 1).")
+        axes.plot(1 / (1 - sparsity), value, marker="osD^vPX"[i % 7], markersize=5, label=name)
+        ticks |= set(np.round(sparsity, 4).tolist())
+    axes.set_xscale("log")
+    shown = _spread_out(sorted(ticks))
+    axes.set_xticks([1 / (1 - s) for s in shown], [f"{100 * s:g}%" for s in shown])
+    axes.minorticks_off()
+    axes.set(xlabel="sparsity", ylabel=ylabel)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    return figure
+
+
+def masks(masks: PyTree, *, most: int = 12, title: str = "") -> "Figure":
+    """Draw masks as pictures: dark = kept. Blocks, channels and empty rows are seen at a glance.
+
+    Args:
+        masks: Mask tree, True = kept. Leaves with fewer than two axes are left out. Of a convolution's kernel the
+            window's axes go with the inputs.
+        most: How many leaves to draw at most, the first ones.
+        title: Above the picture.
+
+    Returns:
+        The figure, a panel a leaf: inputs down, outputs across. Large masks are averaged over tiles, so that grey means
+        partly kept.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        ValueError: If there is no mask with two axes.
+
+    Examples:
+        >>> import jax, prunax
+        >>> params = {"kernel": jax.random.normal(jax.random.key(0), (32, 32))}
+        >>> tree = prunax.compute_masks(params, 0.75, pattern=prunax.patterns.Block((8, 8)))
+        >>> prunax.plots.masks(tree).axes[0].get_title()
+        'kernel: 75.0% pruned'
+    """
+    named = zip(trees.paths(masks), jax.tree.leaves(masks), strict=True)
+    panels = [(path, np.asarray(mask)) for path, mask in named if np.ndim(mask) >= 2][:most]
+    if not panels:
+        raise ValueError(
+            "plots.masks: no mask has two axes. Scalar masks stand for leaves that are not pruned."
+        )
+    columns = min(4, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = _figure(3.2 * columns, 3.2 * lines, title)
+    for axes, (path, mask) in zip(
+        figure.subplots(lines, columns, squeeze=False).flat, panels, strict=False
+    ):
+        matrix = mask.reshape(-1, mask.shape[-1])
+        axes.imshow(
+            _tiled(matrix), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest", aspect="auto"
+        )
+        axes.set_title(f"{path}: {1 - mask.mean():.1%} pruned", fontsize="small")
+        axes.set_xlabel(f"{matrix.shape[1]} outputs", fontsize="small")
+        axes.set_ylabel(f"{matrix.shape[0]} inputs", fontsize="small")
+        axes.set(xticks=[], yticks=[])
+    _hide_rest(figure, len(panels))
+    return figure
+
+
+def _tiled(matrix: np.ndarray, side: int = 400) -> np.ndarray:
+    """Means over tiles, so that at most `side` rows and columns are left."""
+    kept = matrix.astype(np.float64)
+    for axis in (0, 1):
+        n = kept.shape[axis]
+        edges = np.arange(0, n, -(-n // side))
+        widths = np.diff(np.append(edges, n))
+        kept = np.add.reduceat(kept, edges, axis=axis) / np.expand_dims(widths, 1 - axis)
+    return kept
+
+
+def _figure(width: float, height: float, title: str) -> "Figure":
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("prunax.plots needs matplotlib: pip install 'prunax[plots]'.") from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+def _hide_rest(figure: "Figure", used: int) -> None:
+    for axes in figure.axes[used:]:
+        axes.set_visible(False)
+
+
+def _spread_out(sparsities: Sequence[float]) -> list[float]:
+    """Those far enough apart on the axis that their labels do not run into each other."""
+    shown: list[float] = []
+    for s in reversed(sparsities):
+        if not shown or (1 - s) / (1 - shown[-1]) > 1.25:
+            shown.append(s)
+    return shown[::-1]
