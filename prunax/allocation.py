@@ -224,7 +224,7 @@ class by_path:
 
     def __call__(self, leaves: Sequence[Leaf], sparsity: Any) -> Allocation:
         for pattern, _ in self.sparsities:
-            if not any(fnmatch.fnmatchcase(leaf.path, pattern) for leaf in leaves):
+            if not any(_matches(leaf.path, pattern) for leaf in leaves):
                 known = ", ".join(leaf.path for leaf in leaves)
                 raise ValueError(
                     f"by_path: {pattern!r} matches no prunable leaf. Prunable are: {known}. "
@@ -232,11 +232,16 @@ class by_path:
                 )
         chosen, sparsities = [], []
         for i, leaf in enumerate(leaves):
-            own = [s for pattern, s in self.sparsities if fnmatch.fnmatchcase(leaf.path, pattern)]
+            own = [s for pattern, s in self.sparsities if _matches(leaf.path, pattern)]
             if own or sparsity is not None:
                 chosen.append((i,))
                 sparsities.append(own[0] if own else sparsity)
         return Allocation(_pools(leaves, chosen, sparsities))
+
+
+def _matches(path: str, pattern: str) -> bool:
+    # A path itself as well, since brackets in it would be read as a set of characters.
+    return path == pattern or fnmatch.fnmatchcase(path, pattern)
 
 
 def _pools(

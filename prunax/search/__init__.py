@@ -1,0 +1,28 @@
+"""Loss-aware search: what to prune, decided by measured losses.
+
+`sensitivity` measures the loss when one structure alone is pruned, `allocate` shares out a total budget so that the
+loss of all is low, and `max_sparsity` prunes as much as a limit of the loss accepts. A structure is a leaf under a
+pattern (`leaves`) or a channel group of the network (`channels`); budgets count weights, bytes or operations.
+"""
+
+from prunax.search.acceptance import Decision, Found, max_sparsity
+from prunax.search.budgets import Allocated, allocate
+from prunax.search.costs import bytes_per_weight, flops_per_weight
+from prunax.search.curves import SPARSITIES, Sensitivity, sensitivity
+from prunax.search.structures import Structures, channels, leaves
+
+__all__ = [
+    "SPARSITIES",
+    "Allocated",
+    "Decision",
+    "Found",
+    "Sensitivity",
+    "Structures",
+    "allocate",
+    "bytes_per_weight",
+    "channels",
+    "flops_per_weight",
+    "leaves",
+    "max_sparsity",
+    "sensitivity",
+]
