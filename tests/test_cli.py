@@ -451,35 +451,21 @@ def test_diff(file, tmp_path, capsys):
 
 
 def test_report(file, tmp_path, capsys):
-    run("prune", file, tmp_path / "out.safetensors", "--sparsity", "0.75")
+    out = tmp_path / "out.safetensors"
+    run("prune", file, out, "--sparsity", "0.75")
     capsys.readouterr()
-    assert run("report", tmp_path / "out.safetensors", "--format", "json") == 0
-    assert json.loads(capsys.readouterr().out)["prunable"] == {
-        "weights": 320,
-        "kept": 80,
-        "sparsity": 0.75,
-    }
-    assert run("report", tmp_path / "out.safetensors") == 0
+    assert run("report", out, "--format", "json") == 0
+    totals = json.loads(capsys.readouterr().out)["prunable"]
+    assert totals == {"weights": 320, "kept": 80, "sparsity": 0.75}
+    assert run("report", out) == 0
     assert "75.00%" in capsys.readouterr().out
-    assert (
-        run(
-            "report",
-            tmp_path / "out.safetensors",
-            "--format",
-            "markdown",
-            "--out",
-            tmp_path / "r.md",
-        )
-        == 0
-    )
-    assert (
-        "| encoder.layer.0.output.weight | 8 x 16 | float32 | 128 | 32 | 75.00% |"
-        in (tmp_path / "r.md").read_text()
-    )
-    assert (
-        run("report", tmp_path / "out.safetensors", "--format", "json", "--out", tmp_path / "r.md")
-        == 2
-    )
+    assert run("report", out, "--format", "markdown", "--out", tmp_path / "r.md") == 0
+    row = "| encoder.layer.0.output.weight | 8 x 16 | float32 | 128 | 32 | 75.00% |"
+    assert row in (tmp_path / "r.md").read_text()
+    assert run("report", out, "--format", "html", "--out", tmp_path / "r.html") == 0
+    page = (tmp_path / "r.html").read_text()
+    assert page.startswith("<!doctype html>") and ">75.00%</td>" in page
+    assert run("report", out, "--format", "json", "--out", tmp_path / "r.md") == 2
 
 
 def test_damaged_and_missing_files_exit_with_2(file, tmp_path, capsys):

@@ -185,7 +185,7 @@ def _parser() -> argparse.ArgumentParser:
 
     report = add(
         "report",
-        help="a summary of a pruned file, as a table, Markdown or JSON",
+        help="a summary of a pruned file, as a table, Markdown, HTML or JSON",
         description="Summarise what is pruned, and what it saves.",
         epilog=(
             "examples:\n"
@@ -195,7 +195,7 @@ def _parser() -> argparse.ArgumentParser:
         **shape,
     )
     report.add_argument("files", type=Path, nargs=1, metavar="FILE")
-    report.add_argument("--format", choices=["table", "markdown", "json"], default="table")
+    report.add_argument("--format", choices=["table", "markdown", "html", "json"], default="table")
     report.add_argument("--out", type=Path, metavar="OUT", help="write it there")
     _add_choice(report)
     _add_overwrite(report)

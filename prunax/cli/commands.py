@@ -4,6 +4,7 @@ A command takes the parsed options, the open files, and consoles for output and 
 """
 
 import argparse
+import html
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +12,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Table
 
 from prunax.cli import choices, looking, pruning
 from prunax.cli.sources import (
@@ -22,6 +22,7 @@ from prunax.cli.sources import (
     printable,
 )
 from prunax.report import LeafSummary, Summary
+from prunax.tables import Table
 
 __all__: list[str] = []
 
@@ -42,16 +43,17 @@ def inspect(args: argparse.Namespace, source: Source, out: Console, err: Console
             json.dumps({"metadata": _shown(source), "tensors": [x.to_dict() for x in looked]})
         )
     else:
-        table = Table("tensor", "dtype", "shape", box=None, pad_edge=False)
-        table.columns[0].overflow = "fold"
-        for heading in ("sparsity", "N:M"):
-            table.add_column(heading, justify="right")
-        for x in looked:
-            t = x.tensor
-            sparsity = "?" if x.zeros is None else f"{x.sparsity:.2%}" if x.zeros else "-"
-            shape = " x ".join(map(str, t.shape)) or "scalar"
-            table.add_row(_cell(t.name), _cell(t.dtype_name), shape, sparsity, ", ".join(x.nm))
-        out.print(table)
+        rows = [
+            (
+                printable(x.tensor.name),
+                printable(x.tensor.dtype_name),
+                " x ".join(map(str, x.tensor.shape)) or "scalar",
+                "?" if x.zeros is None else f"{x.sparsity:.2%}" if x.zeros else "-",
+                ", ".join(x.nm),
+            )
+            for x in looked
+        ]
+        out.print(Table(("tensor", "dtype", "shape", "sparsity", "N:M"), rows, text=3))
         _print_totals(out, source, looked)
     if args.pattern is None:
         return OK
@@ -134,18 +136,9 @@ def diff(
         out.print_json(json.dumps([d._asdict() for d in differences], default=str))
         return DIFFERENT if differences else OK
     if differences:
-        table = Table("tensor", "differs in", box=None, pad_edge=False)
-        table.columns[0].overflow = "fold"
-        for heading in ("changed", "largest", "sparsity", "now zero", "was zero", "overlap"):
-            table.add_column(heading, justify="right")
-        for d in differences:
-            cells = [""] * 6
-            if d.what == "values":
-                a, b = d.sparsities
-                cells = [f"{d.changed:,}", f"{d.largest:.3g}", f"{a:.2%} -> {b:.2%}"]
-                cells += [f"{d.pruned:,}", f"{d.revived:,}", f"{d.overlap:.2%}"]
-            table.add_row(_cell(d.name), d.what, *cells)
-        out.print(table)
+        numbers = ("changed", "largest", "sparsity", "now zero", "was zero", "overlap")
+        rows = [(printable(d.name), d.what, *_numbers(d)) for d in differences]
+        out.print(Table(("tensor", "differs in", *numbers), rows, text=2))
     say(out, f"{len(differences)} of {len(found)} tensors differ")
     return DIFFERENT if differences else OK
 
@@ -158,32 +151,43 @@ def report(args: argparse.Namespace, source: Source, out: Console, err: Console)
     chosen = {
         t.name for t in choices.select(list(source.tensors.values()), args.where, args.exclude)[0]
     }
-    leaves = [
-        LeafSummary(
-            x.tensor.name if args.format == "json" else _cell(x.tensor.name),
-            x.tensor.shape,
-            x.tensor.dtype_name,
-            x.tensor.size,
-            x.tensor.size - (x.zeros or 0 if x.tensor.name in chosen else 0),
-            x.tensor.name in chosen,
+    summary = Summary(
+        tuple(
+            LeafSummary(
+                x.tensor.name if args.format == "json" else printable(x.tensor.name),
+                x.tensor.shape,
+                x.tensor.dtype_name,
+                x.tensor.size,
+                x.tensor.size - (x.zeros or 0 if x.tensor.name in chosen else 0),
+                x.tensor.name in chosen,
+            )
+            for x in looked
         )
-        for x in looked
-    ]
-    summary = Summary(tuple(leaves))
-    if args.format == "json":
-        text = json.dumps(summary.to_dict() | {"metadata": _shown(source)}, indent=1)
-    else:
-        text = _markdown(source, summary, looked) if args.format == "markdown" else None
-    if args.out is not None:
-        if text is None:
-            raise UsageError("--out wants --format markdown or json.")
-        args.out.write_text(text + "\n", encoding="utf-8")
-        say(err, f"written   {args.out}")
-    elif text is not None:
-        say(out, text)
-    else:
+    )
+    title, facts = printable(source.path.name), _totals(source, looked)
+    match args.format:
+        case "json":
+            text = json.dumps(summary.to_dict() | {"metadata": _shown(source)}, indent=1)
+        case "markdown":
+            lines = "\n".join(f"- {fact}" for fact in facts)
+            text = f"# {title}\n\n{lines}\n\n{summary.to_markdown()}"
+        case "html":
+            lines = "".join(f"<li>{html.escape(fact)}</li>" for fact in facts)
+            title = html.escape(title)
+            text = (
+                f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title></head>'
+                f"<body><h1>{title}</h1><ul>{lines}</ul>{summary.table().html()}</body></html>"
+            )
+        case _:
+            text = str(summary.table()) if args.out else None
+    if text is None:
         out.print(summary)
         _print_totals(out, source, looked)
+    elif args.out is None:
+        say(out, text)
+    else:
+        args.out.write_text(text + "\n", encoding="utf-8")
+        say(err, f"written   {args.out}")
     return OK
 
 
@@ -197,29 +201,35 @@ def _check_out(args: argparse.Namespace) -> None:
         raise UsageError(f"the folder {args.out.absolute().parent} does not exist.")
 
 
-def _cell(text: str) -> str:
-    """A text from a file for a table, where brackets would be markup."""
-    return escape(printable(text))
-
-
 def _shown(source: Source) -> dict[str, str]:
     hidden = ("prunax.leaves", "prunax.sha256")
     return {key: text for key, text in source.metadata.items() if key not in hidden}
 
 
-def _print_totals(out: Console, source: Source, looked: Sequence[looking.Looked]) -> None:
+def _totals(source: Source, looked: Sequence[looking.Looked]) -> list[str]:
     size = sum(x.tensor.size for x in looked)
     zeros = sum(x.zeros or 0 for x in looked)
     compressed = sum(x.compressed for x in looked)
     plain = looking.total_bytes(looked)
-    lines = [
+    return [
         f"{len(looked)} tensors, {size:,} numbers, {zeros / max(size, 1):.2%} of them zero",
         f"{source.nbytes:,} bytes on the disk; {plain:,} plain, {compressed:,} compressed "
         f"({compressed / max(plain, 1):.2f}x)",
         *(f"{printable(key)}: {printable(text)}" for key, text in _shown(source).items()),
     ]
-    for line in lines:
+
+
+def _print_totals(out: Console, source: Source, looked: Sequence[looking.Looked]) -> None:
+    for line in _totals(source, looked):
         say(out, line)
+
+
+def _numbers(d: looking.Difference) -> tuple[str, ...]:
+    if d.what != "values":
+        return ("",) * 6
+    sparsity = f"{d.sparsities[0]:.2%} -> {d.sparsities[1]:.2%}"
+    zeros = (f"{d.pruned:,}", f"{d.revived:,}", f"{d.overlap:.2%}")
+    return (f"{d.changed:,}", f"{d.largest:.3g}", sparsity, *zeros)
 
 
 def _say_written(out: Console, source: Source, path: Path) -> None:
@@ -230,29 +240,6 @@ def _say_written(out: Console, source: Source, path: Path) -> None:
     )
     ratio = size / max(source.nbytes, 1)
     say(out, f"written   {path}, {size:,} bytes, {ratio:.3f} times the input's {source.nbytes:,}")
-
-
-def _markdown(source: Source, summary: Summary, looked: Sequence[looking.Looked]) -> str:
-    plain, compressed = looking.total_bytes(looked), sum(x.compressed for x in looked)
-    rows = [
-        f"| {leaf.path} | {' x '.join(map(str, leaf.shape)) or 'scalar'} | {leaf.dtype} | "
-        f"{leaf.weights:,} | {leaf.kept:,} | {f'{leaf.sparsity:.2%}' if leaf.prunable else '-'} | {', '.join(x.nm)} |"
-        for leaf, x in zip(summary.leaves, looked, strict=True)
-    ]
-    return "\n".join(
-        [
-            f"# {source.path.name}",
-            "",
-            f"- Prunable: {summary.kept:,} of {summary.weights:,} weights kept, sparsity {summary.sparsity:.2%}.",
-            f"- All: {summary.parameters_kept:,} of {summary.parameters:,}.",
-            f"- {plain:,} bytes plain, {compressed:,} compressed ({compressed / max(plain, 1):.2f}x).",
-            *(f"- `{key}`: {text}" for key, text in _shown(source).items()),
-            "",
-            "| tensor | shape | dtype | weights | kept | sparsity | N:M |",
-            "| --- | --- | --- | ---: | ---: | ---: | --- |",
-            *rows,
-        ]
-    )
 
 
 class _progress:
@@ -270,7 +257,9 @@ class _progress:
 
     def __enter__(self) -> Callable[[str], None]:
         self._bar.start()
-        return lambda name: self._bar.update(self._task, advance=1, description=_cell(name))
+        return lambda name: self._bar.update(
+            self._task, advance=1, description=escape(printable(name))
+        )
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()

@@ -138,7 +138,7 @@ class Masks:
     def _select(self, pool: int, arrays: list[np.ndarray]) -> list[np.ndarray]:
         members = tuple(range(len(arrays)))
         wide = any(array.dtype == np.float64 for array in arrays)
-        with jax.enable_x64(True) if wide else contextlib.nullcontext():
+        with _float64() if wide else contextlib.nullcontext():
             kept = mask_trees.select_masks(
                 [Partial(jnp.abs, jnp.asarray(array)) for array in arrays],
                 [self._plan.budgets[pool]],
@@ -195,6 +195,15 @@ def prune(
                     source.write_to(writer, name)
                 step(name)
     return Result(sum(t.size for t in request.chosen), masks.kept)
+
+
+def _float64() -> contextlib.AbstractContextManager[Any]:
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(True)
+    # Where JAX 0.7 has it.
+    from jax.experimental import enable_x64  # pyright: ignore[reportAttributeAccessIssue]
+
+    return enable_x64(True)
 
 
 def convert(
