@@ -338,6 +338,28 @@ def test_every_dtype_passes_through(tmp_path):
     assert run("diff", tmp_path / "again.safetensors", tmp_path / "plain.safetensors") == 0
 
 
+def test_tensors_without_elements_and_without_zeros(tmp_path):
+    arrays = {
+        "empty.weight": np.zeros((0, 8), np.float32),
+        "scales.weight": np.ones((4, 4), ml_dtypes.float8_e8m0fnu),
+        "w.weight": np.ones((4, 4), np.float32),
+        "scalar": np.array(2.0),
+    }
+    export.save_params(tmp_path / "in.st", arrays)
+    for i, options in enumerate(
+        (["--sparsity", "0.5"], ["--pattern", "2:4"], ["--pattern", "fan-in", "--sparsity", "0.5"])
+    ):
+        assert run("prune", tmp_path / "in.st", tmp_path / f"{i}.st", *options, "--compress") == 0
+        pruned = export.load_params(tmp_path / f"{i}.st")
+        assert pruned["w.weight"].sum() == 8 and pruned["empty.weight"].shape == (0, 8)
+        assert pruned["scales.weight"].tobytes() == arrays["scales.weight"].tobytes()
+    assert run("inspect", tmp_path / "1.st", "--pattern", "2:4") == 0
+    assert (
+        run("prune", tmp_path / "in.st", tmp_path / "o.st", "--sparsity", "1", "--where", "scales*")
+        == 2
+    )
+
+
 def test_packed_dtypes_that_numpy_lacks_are_copied(tmp_path):
     header = {"a": {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}}
     header["b.weight"] = {"dtype": "F32", "shape": [2, 2], "data_offsets": [2, 18]}

@@ -113,7 +113,7 @@ def select(
     if not chosen:
         raise UsageError("no tensor is chosen. Name some with --where 'GLOB'.")
     for t in chosen:
-        if not jnp.issubdtype(t.dtype, jnp.floating):
+        if not _has_magnitude(t):
             raise UsageError(
                 f"{t.name!r} is {t.dtype_name} and has no magnitude to rank. Leave it out with --exclude."
             )
@@ -182,9 +182,15 @@ def _is_weight(tensor: Tensor) -> bool:
     parts = tensor.path.split("/")
     return (
         trees.is_kernel(tensor.path, tensor)
+        and _has_magnitude(tensor)
         and not _TABLES.search(tensor.path)
         and not _OPTIMIZER.intersection(parts)
     )
+
+
+def _has_magnitude(tensor: Tensor) -> bool:
+    # Scales of eight bits have an exponent and nothing else, hence no zero.
+    return jnp.issubdtype(tensor.dtype, jnp.floating) and tensor.dtype_name != "float8_e8m0fnu"
 
 
 def _matches(tensor: Tensor, glob: str) -> bool:
