@@ -248,7 +248,8 @@ def write(
 ) -> None:
     """Writes every figure with the settings and the machine behind it, tables of them, and a picture."""
     order = list(METHODS)
-    results = sorted(results, key=lambda r: (r.target, order.index(r.method)))
+    # Fractions before n of m.
+    results = sorted(results, key=lambda r: (":" in r.target, r.target, order.index(r.method)))
     content = {"environment": harness.environment(), **settings, "dense": dense}
     content["results"] = [result._asdict() for result in results]
     harness.write_json(folder / "llm.json", content)
@@ -293,25 +294,34 @@ def _cost(result: Result) -> str:
 
 
 def plot(dense: dict[str, float], results: Sequence[Result], path: Path) -> None:
-    """Draws the perplexities as bars, grouped by target."""
+    """Draws the perplexities as bars, grouped by target, a panel for each text."""
     import matplotlib
+    import matplotlib.ticker
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    text = next(iter(dense))
     targets = list(dict.fromkeys(r.target for r in results))
     methods = [m for m in METHODS if m in {r.method for r in results}]
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    width = 0.8 / len(methods)
-    for n, method in enumerate(methods):
-        own = [r for r in results if r.method == method]
-        places = [targets.index(r.target) + n * width for r in own]
-        axes.bar(places, [r.perplexity[text] for r in own], width, label=method, align="edge")
-    axes.axhline(dense[text], color="black", linestyle=":", label="dense")
-    axes.set_xticks([t + 0.4 for t in range(len(targets))], targets)
-    axes.set(yscale="log", ylabel=f"perplexity, {text}", title="SmolLM2-135M pruned in one shot")
-    axes.legend(frameon=False)
+    width = 0.9 / len(methods)
+    figure, panels = plt.subplots(
+        len(dense), figsize=(8, 3.2 * len(dense)), layout="constrained", squeeze=False
+    )
+    for axes, (text, value) in zip(panels[:, 0], dense.items(), strict=True):
+        for n, method in enumerate(methods):
+            own = [r for r in results if r.method == method]
+            places = [targets.index(r.target) + n * width for r in own]
+            heights = [r.perplexity[text] for r in own]
+            bars = axes.bar(places, heights, 0.9 * width, label=method, align="edge")
+            axes.bar_label(bars, [f"{height:.3g}" for height in heights], fontsize=7)
+        axes.axhline(value, color="black", linestyle=":", label="dense")
+        axes.set_xticks([t + 0.45 for t in range(len(targets))], targets)
+        axes.set(yscale="log", ylabel="perplexity", title=f"{text} (dense {value:.1f})")
+        axes.set_ylim(0.8 * value, None)
+        axes.yaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:.0f}"))
+        axes.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    handles = panels[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=3, frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

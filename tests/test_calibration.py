@@ -221,7 +221,7 @@ def test_layers_of_equal_structure_are_compiled_once():
 
 @pytest.mark.relaxed_promotion
 def test_equinox():
-    model = eqx.nn.MLP(6, 3, 8, 2, activation=jax.nn.tanh, key=KEY)
+    model = eqx.nn.MLP(6, 3, 8, 1, activation=jax.nn.tanh, key=KEY)
     batches = [normal(i, 5, 6) for i in range(2)]
     norms, grams = statistics(lambda m, x: jax.vmap(m)(x), model, batches)
     xs = batches
@@ -229,7 +229,7 @@ def test_equinox():
         check(grams.layers[n].weight, gram_of(*xs))
         check(norms.layers[n].weight, np.sqrt(np.diag(gram_of(*xs)))[None])
         xs = [jax.nn.tanh(jax.vmap(layer)(x)) for x in xs]
-    pruned = calibration.sparsegpt(lambda m, x: jax.vmap(m)(x), model, batches, 0.5)
+    pruned = calibration.wanda(lambda m, x: jax.vmap(m)(x), model, batches, 0.5)
     assert isinstance(pruned.params, eqx.nn.MLP)
     assert pruned.masks.layers[0].weight.sum() == model.layers[0].weight.size // 2
     assert jax.vmap(pruned.params)(batches[0]).shape == (5, 3)
@@ -453,7 +453,7 @@ def test_tied_with_an_embedding():
 
 
 def test_outlier_allocation():
-    params = mlp_params(sizes=(16, 24, 24))
+    params = mlp_params()
     params["b"]["kernel"] = params["b"]["kernel"].at[::3, ::3].multiply(30.0)
     norms = calibration.input_statistics(mlp, params, BATCHES)
     scores = np.abs(params["b"]["kernel"]) * norms["b"]["kernel"]
@@ -467,7 +467,7 @@ def test_outlier_allocation():
         density = {name: float(masks[name]["kernel"].mean()) for name in ("a", "b")}
         assert density["b"] - density["a"] == pytest.approx(0.2, abs=0.01)
         kept = sum(int(masks[name]["kernel"].sum()) for name in ("a", "b"))
-        assert kept == pytest.approx((16 * 24 + 24 * 24) / 2, abs=2)
+        assert kept == pytest.approx((16 * 24 + 24 * 8) / 2, abs=2)
     one = calibration.outlier_allocation(params, norms, group=lambda path: "all")
     masks = calibration.wanda(mlp, params, BATCHES, 0.5, allocation=one).masks
     assert masks["a"]["kernel"].mean() == masks["b"]["kernel"].mean() == 0.5
@@ -486,7 +486,7 @@ def test_fused_projections_are_problems_of_their_own():
     norms, grams = statistics(fn, params, [x])
     check(grams["kernel"], np.stack([gram_of(x)] * 3))
     assert norms["kernel"].shape == (8, 1)
-    pruned = calibration.sparsegpt(fn, params, [x], 0.5)
+    pruned = calibration.wanda(fn, params, [x], 0.5)
     assert (~pruned.masks["kernel"]).sum() == 96
 
 
@@ -519,18 +519,16 @@ def test_refusals_name_the_path(name):
 
 def test_patterns_are_read_on_the_inputs_wherever_they_lie():
     kernel, x = normal(0, 8, 12), normal(1, 30, 8)
-    flax = calibration.sparsegpt(lambda p, x: x @ p, kernel, [x], pattern=patterns.NM(2, 4))
+    flax = calibration.wanda(lambda p, x: x @ p, kernel, [x], pattern=patterns.NM(2, 4))
     for axis in (-2, -1, 1):
-        torch = calibration.sparsegpt(
+        torch = calibration.wanda(
             lambda p, x: x @ p.T, kernel.T, [x], pattern=patterns.NM(2, 4, axis=axis)
         )
         np.testing.assert_array_equal(torch.masks.T, flax.masks)
     with pytest.raises(
         ValueError, match=r"axis 0 is not the input axis of '' of shape \(12, 8\), which is 1"
     ):
-        calibration.sparsegpt(
-            lambda p, x: x @ p.T, kernel.T, [x], pattern=patterns.NM(2, 4, axis=0)
-        )
+        calibration.wanda(lambda p, x: x @ p.T, kernel.T, [x], pattern=patterns.NM(2, 4, axis=0))
     conv = {"kernel": normal(2, 3, 3, 4, 5)}
 
     def convolve(p, x):
@@ -539,7 +537,7 @@ def test_patterns_are_read_on_the_inputs_wherever_they_lie():
         )
 
     image = normal(3, 2, 6, 6, 4)
-    pruned = calibration.sparsegpt(convolve, conv, [image], pattern=patterns.NM(2, 4))
+    pruned = calibration.wanda(convolve, conv, [image], pattern=patterns.NM(2, 4))
     assert np.all(pruned.masks["kernel"].sum(axis=-2) == 2)
     window = patterns.ConstantFanIn((-4, -3, -2))
     for pattern in (window, patterns.ConstantFanIn()):
@@ -674,13 +672,17 @@ def test_batches_of_different_shapes():
 
 
 def test_narrow_weights():
-    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), mlp_params())
+    kernel = normal(0, 16, 8).astype(jnp.bfloat16)
     batches = [x.astype(jnp.bfloat16) for x in BATCHES]
+
+    def fn(p, x):
+        return x @ p
+
     for method in METHODS.values():
-        pruned = method(mlp, params, batches, 0.5)
-        assert pruned.params["a"]["kernel"].dtype == jnp.bfloat16
-        assert pruned.masks["a"]["kernel"].mean() == 0.5
-    assert calibration.input_statistics(mlp, params, batches)["a"]["kernel"].dtype == jnp.float32
+        pruned = method(fn, kernel, batches, 0.5)
+        assert pruned.params.dtype == jnp.bfloat16
+        assert pruned.masks.mean() == 0.5
+    assert calibration.input_statistics(fn, kernel, batches).dtype == jnp.float32
 
 
 def test_progress_shows_layers(capsys):
@@ -711,8 +713,8 @@ def test_arguments():
 class Convolutional(nn.Module):
     @nn.compact
     def __call__(self, x):
-        x = nn.relu(nn.Conv(16, (3, 3), name="conv0")(x))
-        x = nn.relu(nn.Conv(32, (3, 3), strides=2, name="conv1")(x))
+        x = nn.relu(nn.Conv(8, (3, 3), name="conv0")(x))
+        x = nn.relu(nn.Conv(16, (3, 3), strides=2, name="conv1")(x))
         return nn.Dense(10, name="head")(x.reshape(len(x), -1))
 
 
@@ -734,15 +736,15 @@ def digits():
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
     @jax.jit
-    def step(state, batch):
-        grads = jax.grad(loss)(state[0], *batch)
-        updates, opt = tx.update(grads, state[1])
-        return (optax.apply_updates(state[0], updates), opt), None
+    def step(params, opt, rows):
+        grads = jax.grad(loss)(params, images[rows], labels[rows])
+        updates, opt = tx.update(grads, opt)
+        return optax.apply_updates(params, updates), opt
 
-    rows = jnp.asarray(
-        np.concatenate([np.random.default_rng(i).permutation(1280) for i in range(8)])
-    ).reshape(-1, 64)
-    (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), (images[rows], labels[rows]))
+    opt = tx.init(params)
+    for epoch in range(8):
+        for rows in np.random.default_rng(epoch).permutation(1280).reshape(-1, 64):
+            params, opt = step(params, opt, rows)
 
     def accuracy(params):
         logits = model.apply({"params": params}, images[1280:])

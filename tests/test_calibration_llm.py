@@ -1,5 +1,8 @@
 """The language model of the benchmark, small, against a forward pass in NumPy straight from the file's tensors."""
 
+import os
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,9 +37,8 @@ def tensors(seed=0):
     return {name: rng.normal(size=shape) / shape[-1] ** 0.5 for name, shape in shapes.items()}
 
 
-def forward(t, tokens):
+def forward(t, tokens, c=CONFIG):
     """One sequence, position by position, head by head."""
-    c = CONFIG
     half = c.head_width // 2
 
     def norm(x, name):
@@ -107,3 +109,43 @@ def test_windows():
     rows = smollm.windows(np.arange(11), 4)
     np.testing.assert_array_equal(rows, [[0, 1, 2, 3], [4, 5, 6, 7]])
     assert [len(b) for b in smollm.batches(np.zeros((5, 4)), 2)] == [2, 2, 1]
+
+
+@pytest.mark.skipif("SMOLLM2_GGUF" not in os.environ, reason="SMOLLM2_GGUF names no model file")
+def test_perplexity_of_the_real_model():
+    """The weights as the file has them, through NumPy in float64, against the model of the benchmark."""
+    import gguf
+
+    path, config = Path(os.environ["SMOLLM2_GGUF"]), smollm.Config()
+    params, tokenizer = smollm.load(path)
+    tokens = tokenizer.encode(llm.documentation()[1]).ids
+    rows = smollm.windows(np.array(tokens[:3000]), 48)[::20]
+    own = {
+        t.name: np.asarray(gguf.quants.dequantize(t.data, t.tensor_type), np.float64)
+        for t in gguf.GGUFReader(path).tensors
+    }
+    losses = []
+    for row in rows:
+        logits = forward(own, row, config)[:-1]
+        total = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
+        losses.append(total - logits[np.arange(len(logits)), row[1:]])
+    expected = np.exp(np.mean(losses))
+    assert smollm.perplexity(params, rows) == pytest.approx(expected, rel=1e-3)
+    assert expected < 60  # of 49152 words: a text that it knows how to read
+
+
+def test_figures_are_kept_from_run_to_run(tmp_path):
+    settings = {"calibration": {"windows": 2, "length": 8, "batch": 1}, "evaluation": {"a": [1, 8]}}
+    results = [
+        llm.Result(method, "50%", 0.5, {"a": value}, 1.0, 2**20, (1.0, 2.0))
+        for method, value in (("SparseGPT", 20.0), ("Wanda", 30.0))
+    ]
+    llm.write(tmp_path, settings, {"a": 10.0}, results)
+    dense, again = llm.earlier(tmp_path / "llm.json", settings)
+    assert dense == {"a": 10.0}
+    assert [r.method for r in again] == ["Wanda", "SparseGPT"]  # in the order of the methods
+    assert again[1].perplexity == {"a": 20.0}
+    assert llm.earlier(tmp_path / "llm.json", settings | {"evaluation": {}}) == ({}, [])
+    text = (tmp_path / "llm.md").read_text()
+    assert "| Wanda | 30.00 |" in text and "1 s, 1 MiB (1 and 2)" in text
+    assert (tmp_path / "llm.png").stat().st_size > 0
