@@ -1,44 +1,73 @@
 """Make a ResNet and a small vision transformer smaller: accuracy, size, operations and measured time.
 
-Trains a network, removes channels, heads and features until a fraction of its floating-point operations is left,
-fine-tunes what is left, and times both networks side by side.
+Trains a network, removes channels and features until a fraction of its floating-point operations is left, fine-tunes
+what is left, and times both networks side by side. The dense network is trained on for as many epochs as the smaller
+ones are fine-tuned, so that all have seen the same images.
+
+Training goes on where it stopped: every epoch is saved in the folder of results.
 """
 
 import argparse
 import functools
+import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import flax.serialization
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from rich.console import Console
 
-from benchmarks import datasets, harness, loop, models
-from prunax import allocation, structured, trees
+from benchmarks import datasets, harness, smollm
+from prunax import allocation, structured
 
 EXAMPLES = """\
 examples:
   python -m benchmarks.structured --quick
-  python -m benchmarks.structured --dataset fashion_mnist --epochs 12 --fine-tune 8
+  python -m benchmarks.structured --part train --minutes 4   # again and again, until it says that all is trained
+  python -m benchmarks.structured --part time
+  python -m benchmarks.structured --part smollm
 """
+PyTree = Any
+DENSE = 1.0
+STEM = "structured"
+
+
+class ResNet(nn.Module):
+    """Basic residual blocks with batch normalisation, at half and a quarter of the image's side."""
+
+    num_classes: int
+    channels: int = 64
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        conv = functools.partial(nn.Conv, use_bias=False)
+        norm = functools.partial(nn.BatchNorm, use_running_average=not train, momentum=0.9)
+        x = nn.relu(norm()(conv(self.channels, (3, 3), 2)(images)))
+        for channels, stride in ((self.channels, 1), (2 * self.channels, 2)):
+            y = nn.relu(norm()(conv(channels, (3, 3), stride)(x)))
+            y = norm()(conv(channels, (3, 3))(y))
+            skip = x if stride == 1 else norm()(conv(channels, (1, 1), stride)(x))
+            x = nn.relu(skip + y)
+        return nn.Dense(self.num_classes)(x.mean((1, 2)))
 
 
 class ViT(nn.Module):
     """A small vision transformer: patches, learned positions, mean over the patches."""
 
     num_classes: int
-    width: int = 64
+    width: int = 192
     heads: int = 4
-    hidden: int = 128
-    depth: int = 3
+    depth: int = 2
 
     @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
         patch = 4 if images.shape[1] >= 16 else 2
         x = nn.Conv(self.width, (patch, patch), patch, padding="VALID")(images)
         x = x.reshape(x.shape[0], -1, self.width)
@@ -46,149 +75,330 @@ class ViT(nn.Module):
         for _ in range(self.depth):
             y = nn.LayerNorm()(x)
             x = x + nn.MultiHeadDotProductAttention(num_heads=self.heads)(y, y)
-            y = nn.gelu(nn.Dense(self.hidden)(nn.LayerNorm()(x)))
+            y = nn.gelu(nn.Dense(4 * self.width)(nn.LayerNorm()(x)))
             x = x + nn.Dense(self.width)(y)
         return nn.Dense(self.num_classes)(nn.LayerNorm()(x).mean(1))
 
 
-NETWORKS = {"resnet": functools.partial(models.ResNet, channels=32), "vit": ViT}
+NETWORKS: dict[str, tuple[Callable[[int], nn.Module], float]] = {
+    "resnet": (ResNet, 2e-3),
+    "vit": (ViT, 1e-3),
+}
 
 
-class Row(NamedTuple):
-    """One network at one size.
+def predict(model: nn.Module, variables: PyTree, images: jax.Array) -> jax.Array:
+    """Logits."""
+    return model.apply(variables, images)
+
+
+def learn(model: nn.Module, variables: PyTree, images: jax.Array) -> tuple[jax.Array, PyTree]:
+    """Logits with the batch's own statistics, and the new running ones."""
+    logits, changed = model.apply(variables, images, train=True, mutable=["batch_stats"])
+    return logits, changed
+
+
+class State(NamedTuple):
+    """What one epoch hands to the next."""
+
+    variables: PyTree
+    opt_state: PyTree
+    epoch: int
+
+
+class Stage(NamedTuple):
+    """One network at one size, to be trained for some epochs.
 
     Attributes:
-        network: its name.
-        target: fraction of the operations asked for; 1 for the dense one.
-        accuracy: on the test images, after fine-tuning, in [0, 1].
-        pruned_accuracy: before fine-tuning.
-        params: number of parameters.
-        flops: operations for one image, as `structured.count_flops` counts.
-        single: seconds for one image, median.
-        batched: seconds for a batch, median.
+        name: of the file that its epochs are saved in.
+        predict: the network as used.
+        learn: the network as trained.
+        variables: its parameters and statistics at the start.
+        epochs: how many.
+        rate: the learning rate at the start; it falls to zero as a half cosine.
     """
 
-    network: str
-    target: float
-    accuracy: float
-    pruned_accuracy: float
-    params: int
-    flops: float
-    single: float
-    batched: float
+    name: str
+    predict: Callable[..., Any]
+    learn: Callable[..., Any]
+    variables: PyTree
+    epochs: int
+    rate: float
+
+
+class Unfinished(Exception):
+    """The time is over before the training is."""
 
 
 def train(
-    apply: Callable[..., jax.Array], params: Any, data: loop.Data, epochs: int, rate: float
-) -> tuple[Any, float]:
-    """Trains with Adam and a cosine schedule. Returns the params and the test accuracy."""
-    batch = min(64, len(data.train_labels))
-    steps = epochs * loop.steps_per_epoch(len(data.train_labels), batch)
-    optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
-    state = loop.State(params, optimizer.init(params), jax.random.key(0))
-    step = jax.jit(functools.partial(loop.epoch, apply, optimizer, batch_size=batch))
-    metrics = None
-    for _ in range(epochs):
-        state, metrics = step(data, state)
-    assert metrics is not None
-    return state.params, float(metrics.accuracy)
+    stage: Stage, data: datasets.Dataset, folder: Path, deadline: float, note: Callable[[str], None]
+) -> PyTree:
+    """Trains with Adam, going on from what is saved. Returns the variables after the last epoch."""
+    count, size = len(data.train_labels), min(64, len(data.train_labels))
+    steps = count // size
+    optimizer = optax.adam(optax.cosine_decay_schedule(stage.rate, stage.epochs * steps))
+    params = stage.variables["params"]
+    state = State(stage.variables, optimizer.init(params), 0)
+    file = folder / f"{stage.name}.msgpack"
+    if file.exists():
+        state = flax.serialization.from_bytes(state, file.read_bytes())
+
+    def loss_fn(params: PyTree, rest: PyTree, images: jax.Array, labels: jax.Array) -> Any:
+        logits, changed = stage.learn({"params": params, **rest}, images)
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        return loss, changed
+
+    @jax.jit
+    def step(variables: PyTree, opt_state: PyTree, images: jax.Array, labels: jax.Array) -> Any:
+        params, rest = variables["params"], {k: v for k, v in variables.items() if k != "params"}
+        grads, changed = jax.grad(loss_fn, has_aux=True)(params, rest, images, labels)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return {"params": optax.apply_updates(params, updates), **changed}, opt_state
+
+    seconds = 0.0
+    while state.epoch < stage.epochs:
+        start = time.monotonic()
+        if start + seconds > deadline:
+            raise Unfinished
+        variables, opt_state, epoch = state
+        order = np.random.default_rng(int(epoch)).permutation(count)
+        for rows in order[: steps * size].reshape(steps, size):
+            batch = data.train_images[rows], data.train_labels[rows]
+            variables, opt_state = step(variables, opt_state, *batch)
+        state = jax.block_until_ready(State(variables, opt_state, int(epoch) + 1))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(flax.serialization.to_bytes(state))
+        seconds = time.monotonic() - start
+        note(f"{stage.name}: epoch {state.epoch} of {stage.epochs}, {seconds:.0f} s")
+    return jax.tree.map(jnp.asarray, state.variables)
 
 
-def run(
-    name: str, data: loop.Data, classes: int, args: argparse.Namespace, note: Callable[[str], None]
-) -> tuple[list[Row], dict[str, float]]:
-    """Trains one network, and prunes it to each target."""
-    model = NETWORKS[name](classes)
-    apply = functools.partial(models.apply, model)
-    one, many = data.test_images[:1], data.test_images[: args.batch]
-    params = models.init(model, jax.random.key(args.seed), data.train_images)
+def accuracy(stage: Stage, variables: PyTree, data: datasets.Dataset) -> float:
+    """On the test images, in [0, 1]."""
+    fn = jax.jit(lambda variables, x: stage.predict(variables, x).argmax(-1))
+    count = len(data.test_labels)
+    size = next(n for n in (500, 120, 1) if count % n == 0)
+    parts = [fn(variables, data.test_images[i : i + size]) for i in range(0, count, size)]
+    return float(np.mean(np.concatenate(parts) == data.test_labels))
+
+
+class Trained(NamedTuple):
+    """A network at one size, before (`stage.variables`) and after its training."""
+
+    stage: Stage
+    variables: PyTree
+
+
+def stages(
+    network: str,
+    data: datasets.Dataset,
+    args: argparse.Namespace,
+    deadline: float,
+    note: Callable[[str], None],
+) -> tuple[dict[float, Trained], dict[str, float]]:
+    """Trains one network, prunes it to each target, and trains on at every size.
+
+    Returns:
+        For each share of the operations the trained network, 1 for the dense one; and the seconds that the analysis
+        and the pruning took.
+    """
+    make, rate = NETWORKS[network]
+    model = make(data.num_classes)
+    fn, fit = functools.partial(predict, model), functools.partial(learn, model)
+    one = data.test_images[:1]
+    variables = model.init(jax.random.key(args.seed), jnp.asarray(one))
     start = time.perf_counter()
-    structured.axis_groups(apply, params, one)
+    structured.axis_groups(fn, variables, one)
+    seconds = {"analysis": time.perf_counter() - start}
+    folder = args.out / "structured"
+    first = Stage(f"{network}-first", fn, fit, variables, args.epochs, rate)
+    variables = train(first, data, folder, deadline, note)
+
+    trained = {}
+    for target in (DENSE, *args.targets):
+        stage = Stage(f"{network}-{target:g}", fn, fit, variables, args.fine_tune, rate / 2)
+        if target < DENSE:
+            start = time.perf_counter()
+            small = structured.prune_channels(
+                fn,
+                variables,
+                one,
+                target=target,
+                round_to=args.round_to,
+                allocation=allocation.uniform,
+            )
+            seconds[f"pruning to {target:g}"] = time.perf_counter() - start
+            stage = stage._replace(
+                predict=small.fn,
+                learn=structured.shrink_function(fit, small.keep),
+                variables=small.params,
+            )
+        trained[target] = Trained(stage, train(stage, data, folder, deadline, note))
+    return trained, seconds
+
+
+def measure(
+    network: str, data: datasets.Dataset, trained: Mapping[float, Trained], args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Accuracy, sizes and times of one network at every size."""
+    one = data.test_images[:1]
+    times = {}
+    for kind, count in (("single", 1), ("batched", args.batch)):
+        images = jnp.asarray(data.test_images[:count])
+        calls = {
+            str(target): functools.partial(jax.jit(t.stage.predict), t.variables, images)
+            for target, t in trained.items()
+        }
+        times[kind] = harness.median_seconds(calls, args.repeats)
+    return [
+        {
+            "network": network,
+            "target": target,
+            "accuracy": accuracy(stage, variables, data),
+            "before": accuracy(stage, stage.variables, data),
+            "params": int(structured.count_parameters(stage.predict, variables["params"])),
+            "flops": structured.count_flops(stage.predict, variables, one),
+            "single": times["single"][str(target)],
+            "batched": times["batched"][str(target)],
+        }
+        for target, (stage, variables) in trained.items()
+    ]
+
+
+def stress(args: argparse.Namespace) -> dict[str, Any]:
+    """Analyses SmolLM2-135M, and removes half its feed-forward units and a third of its key-value heads.
+
+    The weights are random: sizes and times do not depend on them.
+    """
+    model = smollm.Llama(smollm.Config(layers=2) if args.quick else smollm.Config())
+    fn = functools.partial(_language, model)
+    tokens = jnp.asarray(np.arange(args.tokens)[None] % 1000, jnp.int32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    rng = np.random.default_rng(args.seed)
+    params = jax.tree.map(
+        lambda s: 0.02 * rng.standard_normal(s.shape, np.float32).astype(s.dtype), shapes
+    )
+    start = time.perf_counter()
+    groups = structured.axis_groups(fn, shapes, tokens)
     analysis = time.perf_counter() - start
-    note(f"{name}: training")
-    params, accuracy = train(apply, params, data, args.epochs, args.learning_rate)
-
-    sizes = {1.0: (apply, params, accuracy, accuracy)}
-    for target in args.targets:
-        note(f"{name}: {target:g} of the operations")
-        small = structured.prune_channels(
-            apply,
-            params,
-            one,
-            target=target,
-            round_to=args.round_to,
-            allocation=functools.partial(allocation.global_ranking, normalize=True)
-            if args.ranking == "global"
-            else allocation.uniform,
-            where=lambda path, leaf: trees.is_kernel(path, leaf) and "query" not in path,
-        )
-        images, labels = data.test_images, data.test_labels
-        before = float(
-            jax.jit(functools.partial(loop.evaluate, small.fn))(small.params, images, labels)
-        )
-        tuned, after = train(small.fn, small.params, data, args.fine_tune, args.learning_rate / 2)
-        sizes[target] = (small.fn, tuned, after, before)
-
-    note(f"{name}: timing")
-    times = [
-        harness.median_seconds(
-            {
-                str(target): functools.partial(jax.jit(fn), p, images)
-                for target, (fn, p, *_) in sizes.items()
-            },
-            args.repeats,
-        )
-        for images in (one, many)
-    ]
-    rows = [
-        Row(
-            name,
-            target,
-            after,
-            before,
-            int(structured.count_parameters(fn, p)),
-            structured.count_flops(fn, p, one),
-            times[0][str(target)],
-            times[1][str(target)],
-        )
-        for target, (fn, p, after, before) in sizes.items()
-    ]
-    return rows, {"analysis_seconds": analysis}
+    start = time.perf_counter()
+    small = structured.prune_channels(
+        fn,
+        params,
+        tokens,
+        # Brackets that stand for themselves are written [[] in a glob.
+        allocation=allocation.by_path({"*gate/kernel*": 0.5, "*key/kernel[[]1]": 1 / 3}),
+    )
+    pruning = time.perf_counter() - start
+    sizes = {"dense": (fn, params), "small": (small.fn, small.params)}
+    calls = {
+        name: functools.partial(jax.jit(f), jax.tree.map(jnp.asarray, p), tokens)
+        for name, (f, p) in sizes.items()
+    }
+    seconds = harness.median_seconds(calls, max(3, args.repeats // 6))
+    return {
+        "leaves": len(jax.tree.leaves(shapes)),
+        "groups": len(groups),
+        "free_groups": sum(not group.frozen for group in groups),
+        "tokens": args.tokens,
+        "analysis_seconds": analysis,
+        "pruning_seconds": pruning,
+        "params": {n: int(structured.count_parameters(*pair)) for n, pair in sizes.items()},
+        "flops": {n: structured.count_flops(*pair, tokens) for n, pair in sizes.items()},
+        "seconds": seconds,
+    }
 
 
-def result_table(rows: Sequence[Row], title: str) -> harness.Table:
+def _language(model: nn.Module, params: PyTree, tokens: jax.Array) -> jax.Array:
+    return model.apply(params, tokens)
+
+
+def tables(content: Mapping[str, Any]) -> dict[str, harness.Table]:
+    """All tables of a results file, by the name that `render.py` knows them by."""
+    found = {}
+    if content.get("rows"):
+        found[STEM] = _result_table(content)
+    if content.get("smollm"):
+        found[f"{STEM}/smollm"] = _stress_table(content["smollm"])
+    return found
+
+
+def _result_table(content: Mapping[str, Any]) -> harness.Table:
     """One line a network and size. The last column is the speedup of a batch over the reduction of operations."""
+    rows, settings = content["rows"], content["settings"]
     lines = []
     for row in rows:
-        dense = next(r for r in rows if r.network == row.network and r.target == 1)
-        speedup, reduction = dense.batched / row.batched, dense.flops / row.flops
+        dense = next(r for r in rows if r["network"] == row["network"] and r["target"] == DENSE)
+        single, batched, fewer = (dense[k] / row[k] for k in ("single", "batched", "flops"))
         lines.append(
             (
-                f"{row.network} {row.target:g}",
-                f"{100 * row.accuracy:.2f}",
-                f"{100 * row.pruned_accuracy:.2f}",
-                f"{row.params:,}",
-                f"{row.flops / 1e6:.2f}",
-                f"{1e3 * row.single:.2f}",
-                f"{1e3 * row.batched:.2f}",
-                f"{dense.single / row.single:.2f}",
-                f"{speedup:.2f}",
-                f"{speedup / reduction:.2f}",
+                f"{row['network']}, {row['target']:g}",
+                f"{100 * row['accuracy']:.2f}",
+                f"{100 * row['before']:.2f}",
+                f"{row['params']:,}",
+                f"{row['flops'] / 1e6:.1f}",
+                f"{1 / fewer:.3f}",
+                f"{1e3 * row['single']:.2f}",
+                f"{1e3 * row['batched']:.1f}",
+                f"{single:.2f}",
+                f"{batched:.2f}",
+                f"{batched / fewer:.2f}",
             )
         )
     columns = (
-        "network and share of FLOPs",
+        "network, FLOPs asked for",
         "accuracy %",
         "before tuning %",
         "params",
         "MFLOPs",
-        "single ms",
+        "of dense",
+        "one image ms",
         "batch ms",
-        "speedup single",
-        "speedup batch",
+        "speedup, one",
+        "speedup, batch",
         "of the FLOP ratio",
     )
+    title = (
+        f"{content['dataset']}, {content['images']['train']:,} training images, {settings['epochs']} epochs and "
+        f"{settings['fine_tune']} of fine-tuning, batch of {settings['batch']}"
+    )
     return harness.Table(title, columns, lines)
+
+
+def _stress_table(found: Mapping[str, Any]) -> harness.Table:
+    dense, small = (
+        {k: found[k][name] for k in ("params", "flops", "seconds")} for name in ("dense", "small")
+    )
+    lines = [
+        (name, f"{s['params']:,}", f"{s['flops'] / 1e9:.1f}", f"{1e3 * s['seconds']:.0f}")
+        for name, s in (
+            ("dense", dense),
+            ("half the feed-forward units, two of three heads", small),
+        )
+    ]
+    title = (
+        f"SmolLM2-135M, {found['tokens']} tokens: {found['free_groups']} groups that may shrink among "
+        f"{found['leaves']} leaves, found in {found['analysis_seconds']:.1f} s"
+    )
+    return harness.Table(title, ("network", "params", "GFLOPs", "ms"), lines)
+
+
+def draw(content: Mapping[str, Any], file: Path) -> None:
+    """Accuracy against measured time, a line for each network."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    for axes, kind in zip(figure.subplots(1, 2, sharey=True), ("batched", "flops"), strict=True):
+        for i, network in enumerate(dict.fromkeys(row["network"] for row in content["rows"])):
+            rows = [row for row in content["rows"] if row["network"] == network]
+            dense = rows[0][kind]
+            x, y = [row[kind] / dense for row in rows], [100 * row["accuracy"] for row in rows]
+            axes.plot(x, y, "os"[i % 2] + "-", label=network)
+        axes.set_xlabel({"batched": "time of a batch", "flops": "FLOPs"}[kind] + ", share of dense")
+        axes.set_xlim(0, 1.05)
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("test accuracy, %")
+    figure.axes[0].legend(fontsize="small")
+    figure.savefig(file, dpi=120)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -198,32 +408,52 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.quick:
         args.dataset, args.epochs, args.fine_tune, args.repeats = "digits", 1, 1, 5
     console = Console()
-    try:
-        dataset = datasets.load(args.dataset)
-    except datasets.DatasetError as error:
-        console.print(f"{error} Using digits.")
-        dataset = datasets.load("digits")
-    data = loop.Data(*map(jnp.asarray, dataset[1:5]))
-    rows: list[Row] = []
-    details = {}
-    for name in args.networks:
-        more, details[name] = run(name, data, dataset.num_classes, args, console.print)
-        rows += more
-    title = f"{dataset.name}: structural pruning, {args.epochs} + {args.fine_tune} epochs, batch {args.batch}"
-    table = result_table(rows, title)
-    console.print(table)
-    file = args.out / f"structured-{dataset.name}.json"
-    content = {
-        "command": " ".join(["python -m benchmarks.structured", *arguments]),
-        "environment": harness.environment(),
-        "settings": {key: value for key, value in vars(args).items() if key != "out"},
-        "images": {"train": len(data.train_labels), "test": len(data.test_labels)},
-        "table": table.markdown().splitlines(),
-        "rows": [row._asdict() for row in rows],
-        "details": details,
-    }
+    note = functools.partial(console.print, highlight=False)
+    deadline = time.monotonic() + 60 * args.minutes
+    file = args.out / f"{STEM}.json"
+    content: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    if args.part in ("train", "time", "all"):
+        try:
+            data = datasets.load(args.dataset)
+        except datasets.DatasetError as error:
+            note(f"{error} Using digits.")
+            data = datasets.load("digits")
+        # The files are in no order, so that the first images are as good as any.
+        some = slice(args.images or None)
+        data = data._replace(
+            train_images=data.train_images[some], train_labels=data.train_labels[some]
+        )
+        rows, seconds = [], {}
+        for network in args.networks:
+            try:
+                trained, seconds[network] = stages(network, data, args, deadline, note)
+            except Unfinished:
+                note("Not all is trained yet: run this again.")
+                return
+            if args.part != "train":
+                rows += measure(network, data, trained, args)
+        if args.part == "train":
+            note("All is trained: go on with --part time.")
+            return
+        settings = {k: v for k, v in vars(args).items() if k not in ("out", "part", "minutes")}
+        content |= {
+            "dataset": data.name,
+            "images": {"train": len(data.train_labels), "test": len(data.test_labels)},
+            "settings": settings,
+            "seconds": seconds,
+            "rows": rows,
+        }
+    if args.part in ("smollm", "all"):
+        content["smollm"] = stress(args)
+    content |= {"environment": harness.environment()}
     harness.write_json(file, content)
-    console.print(f"Figures: {file}", soft_wrap=True, highlight=False)
+    parts = [f"{t.title}\n\n{t.markdown()}\n" for t in tables(content).values()]
+    file.with_suffix(".md").write_text("\n".join(["# Structural pruning\n", *parts]))
+    if content.get("rows"):
+        draw(content, file.with_suffix(".png"))
+    for table in tables(content).values():
+        console.print(table)
+    note(f"Figures: {file}", soft_wrap=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -234,15 +464,17 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
+    add("--part", choices=["train", "time", "smollm", "all"], default="all", help="(all)")
+    add("--minutes", type=float, default=1e6, help="begin no epoch that would end later")
     add("--dataset", default="fashion_mnist", help="any of benchmarks.datasets (fashion_mnist)")
+    add("--images", type=int, default=15_000, help="training images, 0 for all (15000)")
     add("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="(both)")
     add("--targets", nargs="+", type=float, default=[0.5, 0.25], help="shares of FLOPs (0.5 0.25)")
-    add("--ranking", choices=["uniform", "global"], default="uniform", help="(uniform)")
-    add("--round-to", type=int, default=1, help="widths are multiples of it (1)")
-    add("--epochs", type=int, default=12, help="of dense training (12)")
-    add("--fine-tune", type=int, default=8, help="epochs after pruning (8)")
-    add("--learning-rate", type=float, default=2e-3, help="Adam's, at the start (0.002)")
+    add("--round-to", type=int, default=8, help="widths are multiples of it (8)")
+    add("--epochs", type=int, default=4, help="of dense training (4)")
+    add("--fine-tune", type=int, default=3, help="epochs after pruning (3)")
     add("--batch", type=int, default=128, help="images of the batched timing (128)")
+    add("--tokens", type=int, default=128, help="length of the language model's input (128)")
     add("--repeats", type=int, default=30, help="timed calls (30)")
     add("--seed", type=int, default=0, help="(0)")
     add("--quick", action="store_true", help="digits, one epoch each: does it run?")
