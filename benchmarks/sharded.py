@@ -142,8 +142,8 @@ def tables(content: Mapping[str, Any]) -> dict[str, harness.Table]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sharded", description=__doc__)
-    parser.add_argument("--size", type=int, default=2048, help="rows and columns of each matrix")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--size", type=int, default=1024, help="rows and columns of each matrix")
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=harness.OUT)
     args = parser.parse_args()
     console = Console()

@@ -110,6 +110,8 @@ def train_masked(
         patterns.check_fit("prune", pattern, chosen.shapes)
         patterns.check_shards("prune", pattern, list(zip(chosen.paths, chosen.leaves, strict=True)))
         stored = chosen.take("prune", "masks in the state", state.masks)
+        gradients = chosen.take("prune", "updates", updates)
+        _check_shapes(chosen, stored, gradients, packed)
 
         averaged = state.averaged_scores
         if average is not None:
@@ -143,7 +145,7 @@ def train_masked(
             renew,
             keep,
             stored,
-            chosen.take("prune", "updates", updates),
+            gradients,
             state.inner_state,
         )
         masks = [unpack(m, leaf) for m, leaf in zip(stored, leaves, strict=True)]
@@ -231,6 +233,25 @@ def any_nan(arrays: Arrays) -> jax.Array:
     for x in arrays:
         found = found | jnp.any(jnp.isnan(x))
     return found
+
+
+def _check_shapes(chosen: trees.Selection, stored: Arrays, gradients: Arrays, packed: bool) -> None:
+    """Raise ValueError, naming the leaf, where the state or the updates are those of other params."""
+    for path, leaf, mask, gradient in zip(
+        chosen.paths, chosen.leaves, stored, gradients, strict=True
+    ):
+        wanted = packing.packed_shape(leaf.shape) if packed else leaf.shape
+        if jnp.shape(mask) != wanted:
+            raise ValueError(
+                f"prune: {path!r} has shape {leaf.shape}, and the mask in the state has shape {jnp.shape(mask)} where "
+                f"it should have {wanted}. The state was made for other params (or with another `packed`, or another "
+                f"`where`): make a new one with tx.init(params)."
+            )
+        if jnp.shape(gradient) != leaf.shape:
+            raise ValueError(
+                f"prune: {path!r} has shape {leaf.shape}, and its update has shape {jnp.shape(gradient)}. Pass the "
+                f"gradients of these params."
+            )
 
 
 def _zero(leaves: Arrays, masks: Arrays) -> Arrays:
