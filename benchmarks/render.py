@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import methods, overhead, robustness, selection, sharded
+from benchmarks import budgets, methods, overhead, robustness, selection, sharded
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -23,6 +23,7 @@ SOURCES = {
     "methods": methods.tables,
     "methods-long": functools.partial(methods.tables, stem="methods-long"),
     "robustness": robustness.tables,
+    "budgets": budgets.tables,
     "selection": selection.tables,
     "overhead": overhead.tables,
     "sharded": sharded.tables,

@@ -1,0 +1,323 @@
+"""Budgets that the measured loss decides, beside plain ones: one-shot pruning by magnitude, without fine-tuning.
+
+Trains a network, prunes it by |w| with budgets from each allocation, and measures the loss on the test images. The
+search looks at training images only. Then prunes as much as a limit on the loss accepts, and says what that costs on
+the test images.
+"""
+
+import argparse
+import functools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from rich.console import Console
+
+import prunax
+from benchmarks import harness, loop, methods, models
+from prunax import allocation, search
+
+PyTree = Any
+
+EXAMPLES = """\
+examples:
+  python -m benchmarks.budgets --quick
+  python -m benchmarks.budgets --out benchmarks/results
+"""
+PLAIN = {
+    "uniform": allocation.uniform,
+    "erdos_renyi": allocation.erdos_renyi,
+    "lamp": allocation.lamp,
+    "global_ranking": allocation.global_ranking,
+}
+LABELS = {
+    "dense": "dense",
+    "random": "random weights, uniform",
+    "uniform": "uniform",
+    "erdos_renyi": "Erdos-Renyi",
+    "lamp": "LAMP",
+    "global_ranking": "global",
+    "greedy": "`allocate`, without a key",
+    "evolved": "`allocate`, with a key",
+    "max_sparsity": "`max_sparsity`",
+}
+
+
+def losses(model: Any, images: jax.Array, labels: jax.Array) -> Callable[[PyTree], jax.Array]:
+    """The mean loss over some images, as a function of the params."""
+
+    def loss_fn(params: PyTree) -> jax.Array:
+        logits = models.apply(model, params, images)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    return loss_fn
+
+
+def train(model: Any, data: loop.Data, seed: int, epochs: int, rate: float) -> PyTree:
+    """Trains with Adam and a cosine schedule."""
+    key, start = jax.random.split(jax.random.key(seed))
+    params = models.init(model, start, data.train_images)
+    batch = min(128, len(data.train_labels))
+    steps = epochs * loop.steps_per_epoch(len(data.train_labels), batch)
+    optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
+    state = loop.State(params, optimizer.init(params), key)
+    apply = functools.partial(models.apply, model)
+    epoch = jax.jit(functools.partial(loop.train_epoch, apply, optimizer, batch_size=batch))
+    for _ in range(epochs):
+        state, _ = epoch(data, state)
+    return state.params
+
+
+def within(
+    loss_fn: Callable[[PyTree], jax.Array], params: PyTree, limit: float, share: Any
+) -> PyTree:
+    """The masks of the largest sparsity of a plain allocation whose loss is within a limit, by bisection."""
+
+    def masks_at(sparsity: float) -> PyTree:
+        return prunax.compute_masks(params, sparsity, allocation=share)
+
+    loss_at = jax.jit(lambda sparsity: loss_fn(prunax.apply_masks(params, masks_at(sparsity))))
+    low, high = 0.0, 1.0
+    for _ in range(14):
+        middle = (low + high) / 2
+        if loss_at(jnp.float32(middle)) <= limit:
+            low = middle
+        else:
+            high = middle
+    return masks_at(low)
+
+
+def run(
+    network: str,
+    seed: int,
+    data: loop.Data,
+    classes: int,
+    args: argparse.Namespace,
+    note: Callable[[str], None],
+) -> dict[str, Any]:
+    """Trains one network and prunes it in every way.
+
+    Returns:
+        Figures by way of pruning, at the given sparsity under `"allocations"`, within the limit under `"limits"`.
+    """
+    note("training")
+    model = models.MODELS[network](classes)
+    params = train(model, data, seed, args.epochs, args.learning_rate)
+    # A part of the training images: enough for a handful of numbers, and quicker.
+    images, labels = data.train_images[: args.images], data.train_labels[: args.images]
+    loss_fn = losses(model, images, labels)
+    of_search = jax.jit(loss_fn)
+    of_test = jax.jit(losses(model, data.test_images, data.test_labels))
+    apply = functools.partial(models.apply, model)
+    accuracy = jax.jit(lambda p: loop.evaluate(apply, p, data.test_images, data.test_labels))
+
+    def figures(masks: PyTree) -> dict[str, Any]:
+        pruned = prunax.apply_masks(params, masks)
+        summary = prunax.summarize(params, masks)
+        return {
+            "sparsity": summary.sparsity,
+            "sparsities": {leaf.path: leaf.sparsity for leaf in summary.leaves if leaf.prunable},
+            "searched_loss": float(of_search(pruned)),
+            "test_loss": float(of_test(pruned)),
+            "test_accuracy": float(accuracy(pruned)),
+        }
+
+    # Nothing pruned; summarize counts kernels as prunable.
+    dense = figures(prunax.compute_masks(params, 0.0))
+    found = {"dense": dense}
+    random = prunax.scores.random(params, key=jax.random.key(seed))
+    found["random"] = figures(prunax.compute_masks(params, args.sparsity, scores=random))
+    for name, share in PLAIN.items():
+        note(name)
+        found[name] = figures(prunax.compute_masks(params, args.sparsity, allocation=share))
+
+    note("measuring curves")
+    begin = time.perf_counter()
+    measured = search.sensitivity(loss_fn, params, batch_size=args.batch_size)
+    seconds = {"sensitivity": time.perf_counter() - begin}
+    options = {"measured": measured, "batch_size": args.batch_size}
+    for name, key in (("greedy", None), ("evolved", jax.random.key(seed))):
+        note(f"allocate, {name}")
+        begin = time.perf_counter()
+        result = search.allocate(
+            loss_fn, params, args.sparsity, key=key, generations=args.generations, **options
+        )
+        seconds[name] = time.perf_counter() - begin
+        found[name] = figures(result.masks) | {"starts": result.starts, "history": result.history}
+
+    note("max_sparsity")
+    begin = time.perf_counter()
+    accepted = search.max_sparsity(loss_fn, params, max_increase=args.max_increase, **options)
+    seconds["max_sparsity"] = time.perf_counter() - begin
+    limits = {
+        "max_sparsity": figures(accepted.masks)
+        | {"decisions": [decision._asdict() for decision in accepted.decisions]}
+    }
+    for name, share in PLAIN.items():
+        note(f"bisecting {name}")
+        limits[name] = figures(within(loss_fn, params, accepted.limit, share))
+    return {
+        "network": network,
+        "seed": seed,
+        "allocations": found,
+        "limits": limits,
+        "seconds": seconds,
+    }
+
+
+def tables(content: Mapping[str, Any]) -> dict[str, harness.Table]:
+    """All tables of a results file, by the name that `render.py` knows them by."""
+    settings, found = content["settings"], {}
+    for network in dict.fromkeys(r["network"] for r in content["records"]):
+        runs = [r for r in content["records"] if r["network"] == network]
+        title = f"{network} on {settings['dataset']}, {len(runs)} seeds"
+        found[f"budgets/{network}"] = _allocations(
+            f"{title}: {settings['sparsity']:.0%} pruned, not fine-tuned", runs
+        )
+        found[f"budgets-limit/{network}"] = _limits(
+            f"{title}: pruned as far as a loss {settings['max_increase']:g} above dense accepts",
+            runs,
+        )
+    return found
+
+
+def _allocations(title: str, runs: Sequence[Mapping[str, Any]]) -> harness.Table:
+    rows = []
+    for name in runs[0]["allocations"]:
+        of = [r["allocations"][name] for r in runs]
+        rows.append(
+            (
+                LABELS[name],
+                _spread([f["searched_loss"] for f in of], 3),
+                _spread([f["test_loss"] for f in of], 3),
+                _spread([100 * f["test_accuracy"] for f in of], 1),
+                " ".join(
+                    f"{statistics.mean(100 * s for s in leaf):.1f}"
+                    for leaf in zip(*(f["sparsities"].values() for f in of), strict=True)
+                ),
+            )
+        )
+    columns = "budgets", "loss searched on", "test loss", "test accuracy %", "pruned % by layer"
+    return harness.Table(title, columns, rows)
+
+
+def _limits(title: str, runs: Sequence[Mapping[str, Any]]) -> harness.Table:
+    rows = []
+    for name in runs[0]["limits"]:
+        pairs = [(r["limits"][name], r["allocations"]["dense"]) for r in runs]
+        rows.append(
+            (
+                LABELS[name] if name == "max_sparsity" else f"{LABELS[name]}, bisected",
+                _spread([100 * f["sparsity"] for f, _ in pairs], 2),
+                _spread([f["searched_loss"] - d["searched_loss"] for f, d in pairs], 4),
+                f"{max(f['searched_loss'] - d['searched_loss'] for f, d in pairs):.5f}",
+                _spread([f["test_loss"] - d["test_loss"] for f, d in pairs], 4),
+                _spread([100 * (f["test_accuracy"] - d["test_accuracy"]) for f, d in pairs], 2),
+            )
+        )
+    columns = (
+        "found by",
+        "pruned %",
+        "increase searched on",
+        "largest",
+        "increase in test loss",
+        "test accuracy, points",
+    )
+    return harness.Table(title, columns, rows)
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line. Exits with code 2 and one line on a bad argument."""
+    parser = _parser()
+    args = parser.parse_args(sys.argv[1:] if arguments is None else list(arguments))
+    if args.quick:
+        args.dataset, args.epochs, args.seeds, args.generations = "digits", 20, 1, 8
+    console = Console()
+    dataset = methods.load(args.dataset, console)
+    data = loop.Data(*map(jnp.asarray, dataset[1:5]))
+    settings = {
+        name: getattr(args, name)
+        for name in "sparsity max_increase epochs learning_rate images generations".split()
+    }
+    settings = {"dataset": dataset.name} | settings
+    file = args.out / ("budgets-quick.json" if args.quick else "budgets.json")
+    records = []
+    if file.is_file():
+        before = json.loads(file.read_text())
+        if before["settings"] != settings and not args.quick:
+            parser.error(
+                f"{file} holds results of other settings. Pass another --out, or move it away."
+            )
+        records = [] if args.quick else before["records"]
+    jobs = [(network, seed) for network in args.networks for seed in range(args.seeds)]
+    done = {(r["network"], r["seed"]) for r in records}
+    content: dict[str, Any] = {}
+    with harness.progress(console) as progress:
+        task = progress.add_task("budgets", total=len(jobs), note="")
+        for network, seed in jobs:
+            if (network, seed) not in done:
+                note = functools.partial("{} {}: {}".format, network, seed)
+                records.append(
+                    run(
+                        network,
+                        seed,
+                        data,
+                        dataset.num_classes,
+                        args,
+                        lambda what, note=note: progress.update(task, note=note(what)),
+                    )
+                )
+            content = {
+                "command": "python -m benchmarks.budgets",
+                "environment": harness.environment(),
+                "settings": settings,
+                "records": records,
+            }
+            harness.write_json(file, content)
+            progress.advance(task)
+
+    texts = [f"# Budgets decided by the loss\n\nWritten by `{content['command']}`.\n"]
+    for table in tables(content).values():
+        console.print(table)
+        texts.append(f"## {table.title}\n\n{table.markdown()}\n")
+    file.with_suffix(".md").write_text("\n".join(texts))
+    console.print(f"Figures: {file} and .md", soft_wrap=True, highlight=False)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.budgets",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--quick", action="store_true", help="digits, one seed, few generations")
+    add("--dataset", default="fashion_mnist", help="(fashion_mnist)")
+    add("--networks", nargs="+", default=["mlp", "lenet5"], choices=models.MODELS, metavar="NAME")
+    add("--seeds", type=int, default=3, help="how many (3)")
+    add("--sparsity", type=float, default=0.95, help="of all kernels together (0.95)")
+    add("--max-increase", type=float, default=0.01, help="limit on the loss above dense (0.01)")
+    add("--epochs", type=int, default=8, help="of training (8)")
+    add("--learning-rate", type=float, default=1e-3, help="Adam's, at the start (0.001)")
+    add("--images", type=int, default=4096, help="training images that the search looks at (4096)")
+    add("--generations", type=int, default=64, help="of 8 networks each (64)")
+    add("--batch-size", type=int, default=1, help="networks measured at once (1)")
+    add("--out", type=Path, default=harness.OUT, help="folder for the results (benchmarks/out)")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
