@@ -3,14 +3,13 @@
 import base64
 import html
 import io
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from prunax import plots, trees
+from prunax import guard, plots, trees
 from prunax.report import summarize
 
 __all__ = ["report_page"]
@@ -44,7 +43,7 @@ def report_page(
             `tables.Table`), a matplotlib figure, or text.
 
     Returns:
-        The HTML: findings (empty layers, weights that are not finite), sizes leaf by leaf, sparsity of each layer,
+        The HTML: what `guard.screen_params` finds, sizes leaf by leaf, sparsity of each layer,
         weights kept and pruned, pictures of the masks, then the sections. Nothing is loaded from elsewhere. Write it
         with ``Path(file).write_text(page)``.
 
@@ -85,23 +84,9 @@ def report_page(
     )
 
 
-def _findings(params: PyTree, masks: PyTree) -> str:
-    """What someone should look at, one line each."""
-    found = []
-    leaves = trees.leaves_like("report_page", "masks", masks, params)
-    for path, leaf, mask in zip(trees.paths(params), jax.tree.leaves(params), leaves, strict=True):
-        if not trees.is_array(leaf):
-            continue
-        if np.ndim(mask) and math.prod(np.shape(mask)) and not np.any(mask):
-            found.append(
-                f"{path} is empty: every weight is pruned, and nothing passes through the layer."
-            )
-        values = np.asarray(leaf)
-        if np.issubdtype(values.dtype, np.number):
-            broken = int(np.sum(~np.isfinite(values.astype(np.float64))))
-            if broken:
-                found.append(f"{path} holds {broken:,} weights that are not finite.")
-    return "\n".join(found) or "No layer is empty, and all weights are finite."
+def _findings(params: PyTree, masks: PyTree) -> Any:
+    found = guard.screen_params(params, masks)
+    return guard.findings_table(found) if found else "Nothing unusual."
 
 
 def _section(heading: str, content: Any) -> str:

@@ -13,7 +13,7 @@ LAYERS = [
     {"trees", "tables"},
     {"counts", "scores", "patterns", "penalties", "selection", "schedules", "packing", "jaxprs"},
     {"allocation"},
-    {"masks", "report"},
+    {"masks", "report", "guard"},
     {"transforms", "initialization", "lottery", "calibration", "structured", "export", "plots"},
     {"search", "pages"},
     {"cli"},

@@ -128,7 +128,8 @@ def test_layers_that_collapse_are_reported():
     masks = prunax.compute_masks(params, 0.3, allocation=allocation.global_ranking)
     summary = prunax.summarize(params, masks)
     assert [leaf.path for leaf in summary.leaves if leaf.kept == 0] == ["narrow/kernel"]
-    assert "narrow/kernel is empty" in prunax.pages.report_page(params, masks)
+    (finding,) = prunax.guard.screen_params(params, masks)
+    assert (finding.path, finding.kind) == ("narrow/kernel", "empty")
 
 
 @pytest.mark.parametrize(
