@@ -319,7 +319,7 @@ def test_pruned_twice():
     ("options", "message"),
     [
         ({"sparsity": 80}, "Pass 0.5 for one half"),
-        ({"sparsity": 0.5, "target": 0.5}, "not both"),
+        ({"sparsity": 0.5, "target": 0.5}, "only one of"),
         ({"target": 0.001}, "out of reach"),
         ({"sparsity": 0.5, "round_to": 0}, "round_to must be at least 1"),
         ({"sparsity": 0.5, "where": lambda path, leaf: False}, "selects no leaf"),

@@ -4,6 +4,15 @@ from prunax.structured.axes import Frozen, Position
 from prunax.structured.cost import count_flops, count_parameters, latency
 from prunax.structured.groups import AxisGroup, Explanation, Member, axis_groups, explain
 from prunax.structured.prune import Shrunk, group_scores, prunable_groups, prune_channels
+from prunax.structured.regularization import (
+    ProximalGroupState,
+    group_lasso,
+    group_norms,
+    growing_strengths,
+    proximal_group_lasso,
+    soft_threshold,
+    weighted_l2,
+)
 from prunax.structured.shrink import shrink, shrink_function
 
 __all__ = [
@@ -12,15 +21,22 @@ __all__ = [
     "Frozen",
     "Member",
     "Position",
+    "ProximalGroupState",
     "Shrunk",
     "axis_groups",
     "count_flops",
     "count_parameters",
     "explain",
+    "group_lasso",
+    "group_norms",
     "group_scores",
+    "growing_strengths",
     "latency",
+    "proximal_group_lasso",
     "prunable_groups",
     "prune_channels",
     "shrink",
     "shrink_function",
+    "soft_threshold",
+    "weighted_l2",
 ]

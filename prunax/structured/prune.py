@@ -43,6 +43,7 @@ def prune_channels(
     *args: Any,
     sparsity: float | None = None,
     scores: PyTree | None = None,
+    threshold: float | None = None,
     allocation: Any = allocations.uniform,
     round_to: int = 1,
     min_width: int = 1,
@@ -61,9 +62,13 @@ def prune_channels(
             left out with `allocation.by_path`.
         scores: Tree of the params' structure, larger = keep, from `prunax.scores` or any other; a scalar for a leaf
             that has no say. |w| of the leaves that `where` selects when left out. See `group_scores`.
+        threshold: In place of a sparsity: keep the units whose score is above it. 0.0 removes just the units that are
+            zero, as `proximal_group_lasso` leaves them, and the output stays what it is.
         allocation: How the sparsity is shared out among groups, from `prunax.allocation`: `uniform` by default;
             `global_ranking` ranks the units of all groups, best as ``partial(global_ranking, normalize=True)``, since
-            groups differ in their numbers of weights; `by_path` goes by `AxisGroup.name`, as in ``{"*mlp*": 0.5}``.
+            groups differ in their numbers of weights; `by_path` goes by `AxisGroup.name`, each kind of group at a
+            sparsity of its own, the others left whole: ``by_path({"*gate/kernel*": 0.5, "*key/kernel[[]1]": 1 / 3})``
+            takes half of each feed-forward layer and one of three heads (in a glob ``[[]`` is a bracket).
         round_to: Keep a multiple of this many units of a group (the nearest, but at least one), for hardware that
             works in lanes. A group that is not as wide as that is left alone.
         min_width: Keep at least this many units of every group.
@@ -79,8 +84,9 @@ def prune_channels(
         The `Shrunk` network.
 
     Raises:
-        ValueError: If sparsity and target are both given or both missing where one is needed, out of range, or out of
-            reach; if no group may shrink, saying which are frozen by what; if the scores do not fit or are NaN.
+        ValueError: If more than one of sparsity, threshold and target is given, or none where one is needed; if one is
+            out of range or out of reach; if no group may shrink, saying which are frozen by what; if the scores do not
+            fit or are NaN.
 
     Examples:
         >>> import jax.numpy as jnp, numpy as np, prunax
@@ -96,7 +102,7 @@ def prune_channels(
         Li et al., Pruning Filters for Efficient ConvNets, 2017, arXiv:1608.08710; Fang et al., DepGraph: Towards Any
         Structural Pruning, 2023, arXiv:2301.12900 (scores summed over a group).
     """
-    _check_request(sparsity, target, round_to, min_width)
+    _check_request(sparsity, threshold, target, round_to, min_width)
     groups = axis_groups(fn, params, *args)
     chosen = prunable_groups(groups, params, where=where)
     if not chosen:
@@ -111,7 +117,7 @@ def prune_channels(
 
     def choose(sparsity: float | None) -> dict[AxisGroup, np.ndarray]:
         limits = (round_to, min_width)
-        return _choose(unit_scores, sparsity, allocation, limits)
+        return _choose(unit_scores, sparsity, threshold, allocation, limits)
 
     if target is not None:
         keep = _reach(target, cost, fn, params, args, choose)
@@ -209,13 +215,19 @@ def _magnitudes(params: PyTree, where: trees.Where) -> PyTree:
 def _choose(
     unit_scores: Mapping[AxisGroup, np.ndarray],
     sparsity: float | None,
+    threshold: float | None,
     allocation: Any,
     limits: tuple[int, int],
 ) -> dict[AxisGroup, np.ndarray]:
     """The units to keep of each group that shrinks."""
     names = {group.name: jnp.asarray(s, jnp.float32) for group, s in unit_scores.items()}
     kept = masks.compute_masks(
-        names, sparsity, scores=names, allocation=allocation, where=lambda path, leaf: True
+        names,
+        sparsity,
+        scores=names,
+        threshold=threshold,
+        allocation=allocation,
+        where=lambda path, leaf: True,
     )
     keep = {}
     for group, score in unit_scores.items():
@@ -275,11 +287,20 @@ def _is_host_readable(x: Any) -> bool:
 
 
 def _check_request(
-    sparsity: float | None, target: float | None, round_to: int, min_width: int
+    sparsity: float | None,
+    threshold: float | None,
+    target: float | None,
+    round_to: int,
+    min_width: int,
 ) -> None:
-    if sparsity is not None and target is not None:
+    if sum(value is not None for value in (sparsity, threshold, target)) > 1:
         raise ValueError(
-            "prune_channels: pass sparsity= or target=, not both. The target finds the sparsity."
+            "prune_channels: pass only one of sparsity=, threshold= and target=. "
+            "The target finds the sparsity."
+        )
+    if threshold is not None and not threshold >= 0:
+        raise ValueError(
+            f"prune_channels: threshold must be a number of at least 0, got {threshold}."
         )
     for name, value in (("sparsity", sparsity), ("target", target)):
         if value is not None and not 0 <= value <= 1:
