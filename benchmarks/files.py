@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("--out", type=Path, default=harness.OUT)
     parser.add_argument(
-        "--large", type=float, default=1.5, help="size in GB of one more file, made up"
+        "--large", type=float, default=0.5, help="size in GB of one more file, made up"
     )
     args = parser.parse_args()
     console = Console()
