@@ -121,8 +121,8 @@ def sparsegpt(
             brought. With NM it is rounded up to whole groups.
         damping: Added to the diagonal of the Gram matrix, times the diagonal's mean; more where that does not do.
         correction: How much of what the pruned layers before it have changed in its inputs a layer is to make good,
-            from 0, none, to 1, all that the calibration data show. Takes the dense model along, at about twice the
-            time. More than a half fits the data rather than the model.
+            from 0, none, to 1, all that the calibration data show; with few data that is too much, and a half better.
+            Takes the dense model along, at about twice the time.
         allocation: As for `wanda`.
         where: As for `wanda`.
         sequential: As for `wanda`.
