@@ -472,7 +472,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--targets", nargs="+", type=float, default=[0.5, 0.25], help="shares of FLOPs (0.5 0.25)")
     add("--round-to", type=int, default=8, help="widths are multiples of it (8)")
     add("--epochs", type=int, default=4, help="of dense training (4)")
-    add("--fine-tune", type=int, default=3, help="epochs after pruning (3)")
+    add("--fine-tune", type=int, default=2, help="epochs after pruning (2)")
     add("--batch", type=int, default=128, help="images of the batched timing (128)")
     add("--tokens", type=int, default=128, help="length of the language model's input (128)")
     add("--repeats", type=int, default=30, help="timed calls (30)")

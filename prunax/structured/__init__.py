@@ -4,6 +4,7 @@ from prunax.structured.axes import Frozen, Position
 from prunax.structured.cost import count_flops, count_parameters, latency
 from prunax.structured.groups import AxisGroup, Explanation, Member, axis_groups, explain
 from prunax.structured.prune import Shrunk, group_scores, prunable_groups, prune_channels
+from prunax.structured.rebuild import rebuild
 from prunax.structured.regularization import (
     ProximalGroupState,
     group_lasso,
@@ -35,6 +36,7 @@ __all__ = [
     "proximal_group_lasso",
     "prunable_groups",
     "prune_channels",
+    "rebuild",
     "shrink",
     "shrink_function",
     "soft_threshold",
