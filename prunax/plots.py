@@ -4,6 +4,8 @@ Needs matplotlib: ``pip install 'prunax[plots]'``. Figures are made without pypl
 no window opens: ``figure.savefig("layers.png")``, or leave it as the last line of a notebook cell.
 """
 
+import functools
+import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -345,9 +347,17 @@ def _figure(width: float, height: float, title: str) -> "Figure":
     except ImportError as error:
         raise ImportError("prunax.plots needs matplotlib: pip install 'prunax[plots]'.") from error
     figure = Figure(figsize=(width, height), layout="constrained")
+    # Notebooks draw by themselves only what pyplot made.
+    setattr(figure, "_repr_png_", functools.partial(_png, figure))  # noqa: B010, pyright knows no such attribute
     if title:
         figure.suptitle(title)
     return figure
+
+
+def _png(figure: "Figure") -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
 
 
 def _hide_rest(figure: "Figure", used: int) -> None:

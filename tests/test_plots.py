@@ -121,3 +121,8 @@ def test_page_is_one_file_that_escapes_and_warns():
 def test_page_names_a_section_of_the_wrong_kind():
     with pytest.raises(TypeError, match="'More' must be text, a matplotlib figure"):
         pages.report_page(PARAMS, MASKS, sections={"More": 3})
+
+
+def test_a_notebook_shows_the_figure_without_pyplot():
+    figure = plots.schedule(0.5, 10)
+    assert figure._repr_png_().startswith(b"\x89PNG")
