@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import prunax
 from prunax import export
 from prunax.export import packed as forms
-from prunax.export import tpu
+from prunax.export import timing, tpu
 from prunax.patterns import NM, Block, ConstantFanIn, Unstructured
 
 
@@ -193,17 +193,22 @@ def test_pack_refuses(w, mask, error, match):
         export.fastest(w, mask, jnp.ones((1, 3)))
 
 
-def test_fastest_is_dense_unless_the_packed_form_wins():
-    w = jax.random.normal(jax.random.key(0), (1024, 1024))
-    x = jax.ShapeDtypeStruct((16, 1024), jnp.float32)
-    nothing = export.fastest(w, jnp.ones((1024, 1024), bool), x, pattern=Block((64, 64)), repeats=3)
-    assert isinstance(nothing, export.Dense)
-    pattern = Block((64, 64))
-    mask = prunax.compute_masks({"kernel": w}, 0.98, pattern=pattern)["kernel"]
-    best = export.fastest(w, mask, x, pattern=pattern, repeats=5)
-    assert isinstance(best, export.BlockSparse)
-    x = jax.random.normal(jax.random.key(1), (16, 1024))
+@pytest.mark.parametrize("sparsity", [0.0, 0.98])
+def test_fastest_computes_the_masked_product(sparsity):
+    w = jax.random.normal(jax.random.key(0), (256, 256))
+    x = jax.random.normal(jax.random.key(1), (16, 256))
+    pattern = Block((32, 32))
+    mask = prunax.compute_masks({"kernel": w}, sparsity, pattern=pattern)["kernel"]
+    best = export.fastest(w, mask, x, pattern=pattern, repeats=3)
+    assert isinstance(best, export.Dense | export.BlockSparse)
     np.testing.assert_allclose(x @ best, x @ masked(w, mask), atol=1e-3)
+
+
+def test_the_packed_form_wins_by_median_and_minimum():
+    assert timing.wins([0.4, 0.5, 3.0], [1.0, 1.1, 0.9])
+    assert not timing.wins([0.95, 0.95, 0.95], [1.0, 1.0, 1.0])  # not by enough
+    assert not timing.wins([0.2, 1.0, 1.0], [1.0, 1.0, 1.0])  # one lucky turn
+    assert not timing.wins([0.8, 0.8, 0.8], [0.8, 2.0, 2.0])  # dense had bad luck
 
 
 @pytest.mark.parametrize("shape", [(48, 40), (50, 37)])
