@@ -6,7 +6,7 @@ block columns instead. What `export.fastest` chooses is timed once more, beside 
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +134,12 @@ def where_it_pays(results: list[dict[str, Any]]) -> harness.Table:
     return harness.Table(
         "pays from this sparsity on", ["pattern", "shape", *(f"batch {b}" for b in batches)], rows
     )
+
+
+def tables(content: Mapping[str, Any]) -> dict[str, harness.Table]:
+    """All tables of a results file, by the name that `render.py` knows them by."""
+    results = content["results"]
+    return {"packed": speedups(results), "packed/pays": where_it_pays(results)}
 
 
 def _save(file: Path, results: list[dict[str, Any]]) -> None:

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import budgets, methods, overhead, robustness, selection, sharded
+from benchmarks import budgets, methods, overhead, packed, robustness, selection, sharded
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -27,6 +27,7 @@ SOURCES = {
     "selection": selection.tables,
     "overhead": overhead.tables,
     "sharded": sharded.tables,
+    "packed": packed.tables,
 }
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end table -->)", re.DOTALL)
 

@@ -8,6 +8,7 @@ process without a compilation cache.
 
 import argparse
 import importlib.util
+import math
 import os
 import subprocess
 import sys
@@ -47,7 +48,7 @@ def prunax_mask(w: jax.Array, k: jax.Array) -> jax.Array:
 @jax.jit
 def largest(w: jax.Array) -> jax.Array:
     """What memory alone allows: one pass over the weights."""
-    return jax.lax.reduce(w.reshape(64, -1), np.float32(0), jax.lax.max, (1,))
+    return jax.lax.reduce(w.reshape(math.gcd(w.size, 64), -1), np.float32(0), jax.lax.max, (1,))
 
 
 @jax.jit
