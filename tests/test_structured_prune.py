@@ -58,6 +58,26 @@ def test_shrunk_factored_state(group):
     assert state.v_col["w1"].shape == (4,)
 
 
+def test_state_of_one_branch_of_the_params():
+    params = {name: {"layer": p} for name, p in (("a", NETWORK.params), ("b", NETWORK.params))}
+
+    def fn(p, x):
+        return NETWORK.fn(p["a"]["layer"], x) + NETWORK.fn(p["b"]["layer"], x)
+
+    groups = structured.axis_groups(fn, params, X)
+    keep = {g: [1, 2] for g in groups if g.size == 12}
+    state = optax.adam(1e-3).init(params["a"])
+    # Both branches have a layer/w1.
+    with pytest.raises(
+        ValueError, match=r"'0/mu/layer/b1' may belong to 'a/layer/b1' or 'b/layer/b1'"
+    ):
+        structured.shrink(state, keep)
+    only = {"params": params["a"], "other": np.ones(3, np.float32)}
+    groups = structured.axis_groups(lambda p, x: NETWORK.fn(p["params"]["layer"], x), only, X)
+    keep = {next(g for g in groups if g.size == 12): [1, 2]}
+    assert structured.shrink(state, keep)[0].mu["layer"]["w1"].shape == (6, 2)
+
+
 def test_values_stay_with_their_units(group):
     small = structured.shrink(NETWORK.params, {group: [7, 1]})
     np.testing.assert_array_equal(small["w1"], NETWORK.params["w1"][:, [1, 7]])

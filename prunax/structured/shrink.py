@@ -1,12 +1,14 @@
 """Make trees and functions smaller by removing units of axis groups."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from prunax import trees
 from prunax.structured.axes import Incompatible
@@ -23,13 +25,15 @@ def shrink(tree: PyTree, keep: Keep) -> PyTree:
 
     Args:
         tree: The parameters, or a tree with leaves of the same shapes under paths that end alike: the state of an optax
-            transformation, masks, an average, gradients. Leaves that belong to no parameter pass through, and so do
+            transformation, masks, an average, gradients; of all parameters or of one branch (Flax's ``"params"``
+            collection). Leaves that belong to no parameter pass through, and so do
             scalars and placeholders of one element. A leaf that lacks one axis of its parameter (the factored second
             moments of Adafactor) is cut on the others.
         keep: For each `AxisGroup` that shrinks the units to keep: increasing indices, or a boolean mask, True = kept.
 
     Returns:
-        The tree with smaller arrays, dtypes kept.
+        The tree with smaller arrays, dtypes kept, and shardings: an axis whose new length the devices do not divide is
+        whole on each of them.
 
     Raises:
         ValueError: If a group is frozen (the message says why), units are out of range, or a leaf has another shape
@@ -48,13 +52,19 @@ def shrink(tree: PyTree, keep: Keep) -> PyTree:
     """
     leaves = _leaves_of(keep)
     kept = kept_positions("shrink", keep, leaves)
-    by_path = {leaf.path: leaf for leaf in leaves}
+    named = _by_endings(leaves)
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
     out = []
     for path, x in flat:
-        leaf = _owner(trees.path_name(path), by_path)
-        if leaf is not None and trees.is_array(x) and leaf.path in kept:
-            x = _cut(trees.path_name(path), x, leaf, kept[leaf.path])
+        name = trees.path_name(path)
+        owners = [leaf for leaf in _owners(name, named) if leaf.path in kept]
+        if owners and trees.is_array(x) and np.prod(x.shape) != 1:
+            if len(owners) > 1:
+                raise ValueError(
+                    f"shrink: {name!r} may belong to {' or '.join(repr(leaf.path) for leaf in owners)}. "
+                    f"Pass a tree of all parameters, or put this one in a dict under the name of its branch."
+                )
+            x = _cut(name, x, owners[0], kept[owners[0].path])
         out.append(x)
     return treedef.unflatten(out)
 
@@ -192,19 +202,27 @@ def _leaves_of(keep: Keep) -> tuple[Leaf, ...]:
     return next((group.leaves for group in keep), ())
 
 
-def _owner(name: str, leaves: dict[str, Leaf]) -> Leaf | None:
-    """The parameter whose path ends a path: the longest such."""
+def _by_endings(leaves: Sequence[Leaf]) -> dict[str, list[Leaf]]:
+    """Parameters by their paths, and by their paths within the branch that they are in."""
+    named: dict[str, list[Leaf]] = {}
+    for leaf in leaves:
+        within = leaf.path.partition("/")[2]
+        if within:
+            named.setdefault(within, []).append(leaf)
+    return named | {leaf.path: [leaf] for leaf in leaves}
+
+
+def _owners(name: str, named: dict[str, list[Leaf]]) -> list[Leaf]:
+    """The parameters whose name a path ends with: of the longest such name."""
     parts = name.split("/")
     ends = ("/".join(parts[i:]) for i in range(len(parts)))
-    return next((leaves[end] for end in ends if end in leaves), None)
+    return next((named[end] for end in ends if end in named), [])
 
 
 def _cut(name: str, x: Any, leaf: Leaf, kept: Sequence[np.ndarray | None]) -> Any:
     shape = tuple(x.shape)
     if shape == leaf.shape:
         return _take(x, kept)
-    if np.prod(shape) == 1:
-        return x
     # Factored statistics lack one axis of the parameter.
     lacking = [i for i in range(len(leaf.shape)) if leaf.shape[:i] + leaf.shape[i + 1 :] == shape]
     ways = [[*kept[:i], *kept[i + 1 :]] for i in lacking]
@@ -226,12 +244,32 @@ def _or_empty(kept: np.ndarray | None) -> Any:
 
 def _take(x: Any, kept: Sequence[np.ndarray | None]) -> Any:
     for axis, indices in enumerate(kept):
-        if indices is not None:
-            if isinstance(x, jax.ShapeDtypeStruct):
-                shape = (*x.shape[:axis], len(indices), *x.shape[axis + 1 :])
-                x = jax.ShapeDtypeStruct(shape, x.dtype)
-            elif isinstance(x, np.ndarray):
-                x = np.take(x, indices, axis)
-            else:
-                x = jnp.take(x, indices, axis=axis)
+        if indices is None:
+            continue
+        if isinstance(x, jax.ShapeDtypeStruct):
+            shape = (*x.shape[:axis], len(indices), *x.shape[axis + 1 :])
+            x = jax.ShapeDtypeStruct(shape, x.dtype)
+        elif isinstance(x, np.ndarray):
+            x = np.take(x, indices, axis)
+        elif isinstance(getattr(x, "sharding", None), NamedSharding) and not trees.is_traced(x):
+            x = _take_sharded(x, indices, axis)
+        else:
+            x = jnp.take(x, indices, axis=axis)
     return x
+
+
+def _take_sharded(x: jax.Array, indices: np.ndarray, axis: int) -> jax.Array:
+    """`jnp.take` that keeps the sharding, of the axis itself where the devices divide what is left of it."""
+    sharding: Any = x.sharding
+    spec = [*sharding.spec, *[None] * (x.ndim - len(sharding.spec))]
+    whole = NamedSharding(sharding.mesh, PartitionSpec(*spec[:axis], None, *spec[axis + 1 :]))
+    # Units move between devices: the axis is gathered, one leaf at a time.
+    x = jax.device_put(x, whole)
+    x = x.at[(slice(None),) * axis + (jnp.asarray(indices),)].get(out_sharding=whole)
+    parts = math.prod(
+        sharding.mesh.shape[name]
+        for name in (spec[axis] if isinstance(spec[axis], tuple) else (spec[axis],))
+        if name is not None
+    )
+    even = NamedSharding(sharding.mesh, PartitionSpec(*spec))
+    return jax.device_put(x, whole if len(indices) % parts else even)
