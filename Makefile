@@ -7,6 +7,8 @@ JOBS ?= 2
 # More arguments for pytest: `make test ARGS="-k masks -x"`.
 ARGS ?=
 DEMO ?= --dataset digits --compare
+# Some of the notebooks: `make notebooks NOTEBOOKS=1_quickstart`.
+NOTEBOOKS ?=
 
 # The interpreter and its version. Where only pyenv's shim is on PATH, the one of that name among
 # pyenv's versions; python3 where nobody asked for a certain one.
@@ -22,16 +24,19 @@ VENV := .venv-$(or $(VERSION),none)
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test notebooks lint format clean
 
 help:  ## Print this list.
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
 
-demo: $(VENV)/.bench  ## Train on digits, prune, and compare the methods.
+demo: $(VENV)/.bench $(VENV)/.notebooks  ## Train on digits, prune, and compare the methods.
 	$(BIN)/python -m benchmarks.train $(DEMO)
 
 test: lint  ## Lint, type check, and run the tests.
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+notebooks: $(VENV)/.notebooks  ## Execute the notebooks in their fast mode.
+	PRUNAX_FAST=1 $(BIN)/python colab/execute.py $(NOTEBOOKS)
 
 lint: $(VENV)/.all  ## Check lint, format and types.
 	$(BIN)/ruff check .
