@@ -135,7 +135,9 @@ def fisher(
 def movement(params: PyTree, grads: PyTree) -> PyTree:
     """Score each weight by -w * g: positive where a step against the gradient moves it away from zero.
 
-    One step says little. Averaged over many, ``scores.ema(scores.movement, 0.99)``, it is movement pruning.
+    One step says little. Averaged over many, ``scores.ema(scores.movement, 0.99)``, it is movement pruning. A weight
+    that is exactly zero scores -inf: a pruned weight stays pruned, where the product, which is then zero, would rank it
+    above every weight that moves towards zero. (In the paper pruned weights keep their values.)
 
     Args:
         params: Pytree of arrays, any shapes.
@@ -156,7 +158,9 @@ def movement(params: PyTree, grads: PyTree) -> PyTree:
         Sanh et al., Movement Pruning: Adaptive Sparsity by Fine-Tuning, 2020, arXiv:2005.07683, equation 4 (up to the
         learning rate, and with a decaying average for the sum).
     """
-    return _score("movement", lambda w, g: -w * g, params, grads, wide=True)
+    return _score(
+        "movement", lambda w, g: jnp.where(w == 0, -jnp.inf, -w * g), params, grads, wide=True
+    )
 
 
 def random(params: PyTree, grads: PyTree | None = None, *, key: jax.Array) -> PyTree:
@@ -236,7 +240,8 @@ class ema:
     """An exponential moving average of another score, over every training step.
 
     Scores of one minibatch are noisy. `prunax.prune` keeps the average in its state and ranks by it. Steps at which a
-    score is not finite do not enter the average of that weight.
+    score is not finite do not enter the average of that weight, except that -inf, the score of what is to go before all
+    else, is the average for as long as it is the score; after it the average starts anew.
 
     Attributes:
         score: ``score(params, grads)``.
@@ -273,8 +278,10 @@ class ema:
         """Take in the scores of one step."""
 
         def mix(old: jax.Array, new: jax.Array) -> jax.Array:
-            mixed = self.decay * old + (1 - self.decay) * new.astype(jnp.float32)
-            return jnp.where(jnp.isfinite(new), mixed, old)
+            past = jnp.where(jnp.isneginf(old), jnp.float32(0), old)
+            mixed = self.decay * past + (1 - self.decay) * new.astype(jnp.float32)
+            kept = jnp.where(jnp.isneginf(new), jnp.float32(-jnp.inf), old)
+            return jnp.where(jnp.isfinite(new), mixed, kept)
 
         return jax.tree.map(mix, average, self.score(params, grads))
 

@@ -327,7 +327,31 @@ def test_movement_keeps_what_moves_away_from_zero():
     *_, (params, state) = run(tx, 25)
     assert kernels(params)[0].size / 2 == (kernels(params)[0] == 0).sum()
     for mask, average in zip(kernels(state.masks), kernels(state.averaged_scores), strict=True):
-        assert average[mask].mean() > average[~mask].mean()
+        assert np.isfinite(average[mask]).all() and np.isneginf(average[~mask]).all()
+
+
+def test_movement_lets_pruned_weights_stay_pruned():
+    # A pruned weight is zero, and so would be its product with the gradient: above all that moves towards zero.
+    score = scores.ema(scores.movement, 0.9)
+    tx = prunax.prune(optax.adam(1e-2), schedules.polynomial(0.8, 5, 30, every=5), score=score)
+    before = None
+    for _, state in run(tx, 35):
+        masks = kernels(state.masks)
+        if before is not None:
+            assert all(not (m & ~b).any() for m, b in zip(masks, before, strict=True))
+        before = masks
+    assert (before[0] == 0).sum() == round(0.8 * before[0].size)
+
+
+def test_an_average_forgets_what_ranked_last():
+    average = scores.ema(lambda params, grads: grads, 0.5)
+    tree = {"kernel": jnp.zeros(3)}
+    state = average.init(tree)
+    for step in ([4.0, 4.0, 4.0], [-jnp.inf, jnp.inf, jnp.nan], [2.0, 2.0, 2.0]):
+        state = average.update(state, tree, {"kernel": jnp.array(step)})
+        if step[1] == jnp.inf:
+            assert state["kernel"].tolist() == [-jnp.inf, 2.0, 2.0]
+    assert state["kernel"].tolist() == [1.0, 2.0, 2.0]
 
 
 @pytest.mark.parametrize("packed", [False, True])
