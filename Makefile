@@ -29,7 +29,7 @@ BIN := $(VENV)/bin
 help:  ## Print this list.
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
 
-demo: $(VENV)/.bench $(VENV)/.notebooks  ## Train on digits, prune, and compare the methods.
+demo: $(VENV)/.bench  ## Train on digits, prune, and compare the methods.
 	$(BIN)/python -m benchmarks.train $(DEMO)
 
 test: lint  ## Lint, type check, and run the tests.
@@ -52,7 +52,7 @@ clean:  ## Remove environments, caches and build products.
 	find prunax tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 # An extra is installed once, and again when pyproject.toml changes.
-$(VENV)/.bench $(VENV)/.all: $(VENV)/.%: pyproject.toml | $(BIN)/python
+$(VENV)/.bench $(VENV)/.notebooks $(VENV)/.all: $(VENV)/.%: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[$*]'
 	@touch $@
 
