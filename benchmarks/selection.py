@@ -118,7 +118,10 @@ WAYS: dict[str, dict[str, Any]] = {
 def first_call(leaves: int, allocation: Any) -> float:
     """Seconds of the first compute_masks call of this process, on leaves of up to 16 shapes, as large models have."""
     shapes = [(a, b) for a in (32, 64, 96, 128) for b in (32, 64, 96, 128)]
-    params = {f"layer_{i}/kernel": jnp.ones(shapes[i % 16]) for i in range(leaves)}
+    params = {
+        f"layer_{i}/kernel": jnp.asarray(RNG.standard_normal(shapes[i % 16]), jnp.float32)
+        for i in range(leaves)
+    }
     jax.block_until_ready(params)
     begin = time.perf_counter()
     jax.block_until_ready(prunax.compute_masks(params, 0.9, allocation=allocation))
