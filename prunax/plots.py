@@ -19,7 +19,7 @@ from prunax.report import summarize
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["fronts", "heat_map", "layers", "masks", "schedule", "weights"]
+__all__ = ["fronts", "groups", "heat_map", "layers", "masks", "schedule", "weights"]
 
 PyTree = Any
 _BINS = 101
@@ -327,6 +327,70 @@ def masks(masks: PyTree, *, most: int = 12, title: str = "") -> "Figure":
         axes.set_ylabel(f"{matrix.shape[0]} inputs", fontsize="small")
         axes.set(xticks=[], yticks=[])
     _hide_rest(figure, len(panels))
+    return figure
+
+
+def groups(groups: Sequence[Any], *, title: str = "") -> "Figure":
+    """Draw which axes of which leaves shrink together: leaves down, groups across.
+
+    Args:
+        groups: From `prunax.structured.axis_groups`; those that are frozen are pale.
+        title: Above the picture.
+
+    Returns:
+        The figure. A square's colour is what the leaf does on that axis: produces the units, consumes them, or meets
+        them elementwise. Where units do not fill the axis, so that it has squares of several groups, the number in it
+        is the index at which the first of them lies.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        ValueError: If there are no groups.
+
+    Examples:
+        >>> import jax.numpy as jnp, prunax
+        >>> params = {"up": jnp.ones((4, 16)), "down": jnp.ones((16, 3))}
+        >>> found = prunax.structured.axis_groups(lambda p, x: x @ p["up"] @ p["down"], params, jnp.ones((2, 4)))
+        >>> figure = prunax.plots.groups(found)
+        >>> [text.get_text() for text in figure.axes[0].get_yticklabels()]
+        ['down[0]', 'down[1]', 'up[0]', 'up[1]']
+    """
+    if not groups:
+        raise ValueError("plots.groups: there are no groups to draw. Pass those of axis_groups.")
+    lengths = {leaf.path: leaf.shape for group in groups for leaf in group.leaves}
+    order = {path: i for i, path in enumerate(lengths)}
+    rows = sorted(
+        {(m.path, m.axis) for group in groups for m in group.members},
+        key=lambda row: (order[row[0]], row[1]),
+    )
+    place = {row: i for i, row in enumerate(rows)}
+    figure = _figure(4 + 0.34 * len(groups), 2.2 + 0.24 * len(rows), title)
+    axes = figure.subplots()
+    colours = {"produces": "C0", "elementwise": "0.55", "consumes": "C1"}
+    for column, group in enumerate(groups):
+        alpha = 0.25 if group.frozen else 1.0
+        drawn = set()
+        for path, axis, position, role in group.members:
+            row = place[path, axis]
+            if row in drawn:
+                continue
+            drawn.add(row)
+            axes.barh(row, 0.86, 0.86, column - 0.43, color=colours[role], alpha=alpha)
+            if lengths[path][axis] != group.size:
+                axes.text(column, row, str(position.offset), ha="center", va="center", fontsize=6)
+    axes.set_yticks(range(len(rows)), [f"{path}[{axis}]" for path, axis in rows])
+    names = [f"{group.size}{' frozen' if group.frozen else ''}" for group in groups]
+    axes.set_xticks(range(len(groups)), names, rotation=90)
+    axes.tick_params(labelsize="small", length=0)
+    axes.set(
+        xlim=(-0.6, len(groups) - 0.4),
+        ylim=(len(rows) - 0.4, -0.6),
+        xlabel="units of the group",
+    )
+    axes.set_axisbelow(True)
+    axes.grid(alpha=0.2)
+    for role, colour in colours.items():
+        axes.barh([0], [0], color=colour, label=role)
+    figure.legend(loc="outside lower center", ncols=3, fontsize="small")
     return figure
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prunax
-from prunax import structured
+from prunax import plots, structured
 
 # The groups whose removal is more than their absence, for each network.
 CHANGED = {
@@ -91,3 +91,19 @@ def test_smaller_function_of_other_groups(name):
         assert jnp.isfinite(ours).all()
         different |= not np.allclose(ours, theirs, rtol=2e-4, atol=2e-5)
     assert different, "these groups are preserved, contrary to what they say"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # matplotlib's own
+def test_picture_of_groups():
+    *_, groups = network("gpt")
+    figure = plots.groups(groups)
+    (axes,) = figure.axes
+    rows = [text.get_text() for text in axes.get_yticklabels()]
+    assert rows[:3] == ["fc[0]", "fc[1]", "head[0]"]
+    # A square for each leaf axis of each group; three more, of no width, are the legend's.
+    squares = {(m.path, m.axis, i) for i, group in enumerate(groups) for m in group.members}
+    assert sum(patch.get_width() > 0 for patch in axes.patches) == len(squares)
+    # The value heads start at 16 of the fused projection.
+    assert "16" in [text.get_text() for text in axes.texts]
+    with pytest.raises(ValueError, match="no groups to draw"):
+        plots.groups([])
