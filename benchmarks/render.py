@@ -15,7 +15,16 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import budgets, methods, overhead, packed, robustness, selection, sharded
+from benchmarks import (
+    budgets,
+    methods,
+    overhead,
+    packed,
+    robustness,
+    selection,
+    sharded,
+    structured,
+)
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -27,6 +36,7 @@ SOURCES = {
     "selection": selection.tables,
     "overhead": overhead.tables,
     "sharded": sharded.tables,
+    "structured": structured.tables,
     "packed": packed.tables,
 }
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end table -->)", re.DOTALL)

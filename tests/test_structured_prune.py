@@ -287,6 +287,19 @@ def test_widths():
     assert sum(ranked.values()) + sum({12, 8} - set(ranked)) == 10
 
 
+@pytest.mark.relaxed_promotion
+def test_each_kind_at_a_sparsity_of_its_own():
+    network = zoo.llama()
+    kinds = prunax.allocation.by_path({"gate_up*": 0.5, "wk[[]1]@0+8": 0.5, "w[vo]*": 0.25})
+    result = structured.prune_channels(network.fn, network.params, *network.args, allocation=kinds)
+    # Units of the feed-forward layer, key-value heads, value widths; query heads and the rest stay whole.
+    kept = {group.name: (group.size, len(units)) for group, units in result.keep.items()}
+    assert kept == {"gate_up[1]@0+1": (16, 8), "wk[1]@0+8": (2, 1), "wv[1]@0+1": (8, 6)}
+    unknown = prunax.allocation.by_path({"mlp*": 0.5})
+    with pytest.raises(ValueError, match=r"'mlp\*' matches no .* gate_up\[1\]@0\+1"):
+        structured.prune_channels(network.fn, network.params, *network.args, allocation=unknown)
+
+
 def test_protected_units_stay(group):
     result = structured.prune_channels(
         NETWORK.fn, NETWORK.params, X, sparsity=0.9, protect={group: [0, 4, 9]}
