@@ -24,7 +24,7 @@ VENV := .venv-$(or $(VERSION),none)
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test notebooks lint format clean
+.PHONY: help demo test notebooks lint format docs clean
 
 help:  ## Print this list.
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-12s %s\n", $$1, $$2}'
@@ -47,12 +47,15 @@ format: $(VENV)/.all  ## Format, and mend what ruff can mend.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(VENV)/.docs  ## Build the documentation into site/, strictly.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 clean:  ## Remove environments, caches and build products.
-	rm -rf .venv-[0-9n]* .cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv-[0-9n]* .cache .pytest_cache .ruff_cache .hypothesis build dist site
 	find prunax tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 # An extra is installed once, and again when pyproject.toml changes.
-$(VENV)/.bench $(VENV)/.notebooks $(VENV)/.all: $(VENV)/.%: pyproject.toml | $(BIN)/python
+$(VENV)/.bench $(VENV)/.notebooks $(VENV)/.docs $(VENV)/.all: $(VENV)/.%: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[$*]'
 	@touch $@
 
