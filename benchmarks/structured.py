@@ -10,6 +10,7 @@ Training goes on where it stopped: it is saved every half a minute, in the folde
 import argparse
 import functools
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -298,6 +299,7 @@ def stress(args: argparse.Namespace) -> dict[str, Any]:
     }
     seconds = harness.median_seconds(calls, max(3, args.repeats // 6))
     return {
+        "layers": model.config.layers,
         "leaves": len(jax.tree.leaves(shapes)),
         "groups": len(groups),
         "free_groups": sum(not group.frozen for group in groups),
@@ -378,8 +380,8 @@ def _stress_table(found: Mapping[str, Any]) -> harness.Table:
         )
     ]
     title = (
-        f"SmolLM2-135M, {found['tokens']} tokens: {found['free_groups']} groups that may shrink among "
-        f"{found['leaves']} leaves, found in {found['analysis_seconds']:.1f} s"
+        f"{found['layers']} layers of SmolLM2-135M, {found['tokens']} tokens: "
+        f"{found['free_groups']} groups that may shrink among {found['leaves']} leaves, found in {found['analysis_seconds']:.1f} s"
     )
     return harness.Table(title, ("network", "params", "GFLOPs", "ms"), lines)
 
@@ -447,7 +449,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }
     if args.part in ("smollm", "all"):
         content["smollm"] = stress(args)
-    content |= {"environment": harness.environment()}
+    content |= {"environment": harness.environment() | {"usable_cores": _usable_cores()}}
     harness.write_json(file, content)
     parts = [f"{t.title}\n\n{t.markdown()}\n" for t in tables(content).values()]
     file.with_suffix(".md").write_text("\n".join(["# Structural pruning\n", *parts]))
@@ -456,6 +458,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for table in tables(content).values():
         console.print(table)
     note(f"Figures: {file}", soft_wrap=True)
+
+
+def _usable_cores() -> int:
+    """How many cores this process may run on."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _parser() -> argparse.ArgumentParser:
