@@ -381,7 +381,8 @@ def _stress_table(found: Mapping[str, Any]) -> harness.Table:
     ]
     title = (
         f"{found['layers']} layers of SmolLM2-135M, {found['tokens']} tokens: "
-        f"{found['free_groups']} groups that may shrink among {found['leaves']} leaves, found in {found['analysis_seconds']:.1f} s"
+        f"{found['free_groups']} groups that may shrink among {found['leaves']} leaves, "
+        f"found in {found['analysis_seconds']:.1f} s"
     )
     return harness.Table(title, ("network", "params", "GFLOPs", "ms"), lines)
 
