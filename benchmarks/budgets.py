@@ -7,6 +7,7 @@ the test images.
 
 import argparse
 import functools
+import itertools
 import json
 import statistics
 import sys
@@ -21,7 +22,7 @@ import optax
 from rich.console import Console
 
 import prunax
-from benchmarks import harness, loop, methods, models
+from benchmarks import datasets, harness, loop, methods, models
 from prunax import allocation, search
 
 PyTree = Any
@@ -31,6 +32,7 @@ examples:
   python -m benchmarks.budgets --quick
   python -m benchmarks.budgets --out benchmarks/results
 """
+EPOCHS = {"digits": 40}  # 5 for the larger sets
 PLAIN = {
     "uniform": allocation.uniform,
     "erdos_renyi": allocation.erdos_renyi,
@@ -80,25 +82,25 @@ def within(
 ) -> PyTree:
     """The masks of the largest sparsity of a plain allocation whose loss is within a limit, by bisection."""
 
-    def masks_at(sparsity: float) -> PyTree:
-        return prunax.compute_masks(params, sparsity, allocation=share)
+    @jax.jit
+    def pruned_at(params: PyTree, sparsity: jax.Array) -> tuple[PyTree, jax.Array]:
+        masks = prunax.compute_masks(params, sparsity, allocation=share)
+        return masks, loss_fn(prunax.apply_masks(params, masks))
 
-    loss_at = jax.jit(lambda sparsity: loss_fn(prunax.apply_masks(params, masks_at(sparsity))))
     low, high = 0.0, 1.0
     for _ in range(14):
         middle = (low + high) / 2
-        if loss_at(jnp.float32(middle)) <= limit:
+        if pruned_at(params, jnp.float32(middle))[1] <= limit:
             low = middle
         else:
             high = middle
-    return masks_at(low)
+    return pruned_at(params, jnp.float32(low))[0]
 
 
 def run(
+    dataset: datasets.Dataset,
     network: str,
     seed: int,
-    data: loop.Data,
-    classes: int,
     args: argparse.Namespace,
     note: Callable[[str], None],
 ) -> dict[str, Any]:
@@ -108,8 +110,9 @@ def run(
         Figures by way of pruning, at the given sparsity under `"allocations"`, within the limit under `"limits"`.
     """
     note("training")
-    model = models.MODELS[network](classes)
-    params = train(model, data, seed, args.epochs, args.learning_rate)
+    data = loop.Data(*map(jnp.asarray, dataset[1:5]))
+    model = models.MODELS[network](dataset.num_classes)
+    params = train(model, data, seed, EPOCHS.get(dataset.name, 5), args.learning_rate)
     # A part of the training images: enough for a handful of numbers, and quicker.
     images, labels = data.train_images[: args.images], data.train_labels[: args.images]
     loss_fn = losses(model, images, labels)
@@ -156,14 +159,12 @@ def run(
     begin = time.perf_counter()
     accepted = search.max_sparsity(loss_fn, params, max_increase=args.max_increase, **options)
     seconds["max_sparsity"] = time.perf_counter() - begin
-    limits = {
-        "max_sparsity": figures(accepted.masks)
-        | {"decisions": [decision._asdict() for decision in accepted.decisions]}
-    }
+    limits = {"max_sparsity": figures(accepted.masks)}
     for name, share in PLAIN.items():
         note(f"bisecting {name}")
         limits[name] = figures(within(loss_fn, params, accepted.limit, share))
     return {
+        "dataset": dataset.name,
         "network": network,
         "seed": seed,
         "allocations": found,
@@ -175,13 +176,14 @@ def run(
 def tables(content: Mapping[str, Any]) -> dict[str, harness.Table]:
     """All tables of a results file, by the name that `render.py` knows them by."""
     settings, found = content["settings"], {}
-    for network in dict.fromkeys(r["network"] for r in content["records"]):
-        runs = [r for r in content["records"] if r["network"] == network]
-        title = f"{network} on {settings['dataset']}, {len(runs)} seeds"
-        found[f"budgets/{network}"] = _allocations(
+    for name in dict.fromkeys((r["dataset"], r["network"]) for r in content["records"]):
+        dataset, network = name
+        runs = [r for r in content["records"] if (r["dataset"], r["network"]) == name]
+        title = f"{network} on {dataset}, {len(runs)} seed{'s' * (len(runs) > 1)}"
+        found[f"budgets/{dataset}/{network}"] = _allocations(
             f"{title}: {settings['sparsity']:.0%} pruned, not fine-tuned", runs
         )
-        found[f"budgets-limit/{network}"] = _limits(
+        found[f"budgets-limit/{dataset}/{network}"] = _limits(
             f"{title}: pruned as far as a loss {settings['max_increase']:g} above dense accepts",
             runs,
         )
@@ -243,42 +245,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     args = parser.parse_args(sys.argv[1:] if arguments is None else list(arguments))
     if args.quick:
-        args.dataset, args.epochs, args.seeds, args.generations = "digits", 20, 1, 8
+        args.datasets, args.networks, args.seeds, args.generations = ["digits"], ["mlp"], 1, 8
     console = Console()
-    dataset = methods.load(args.dataset, console)
-    data = loop.Data(*map(jnp.asarray, dataset[1:5]))
-    settings = {
-        name: getattr(args, name)
-        for name in "sparsity max_increase epochs learning_rate images generations".split()
-    }
-    settings = {"dataset": dataset.name} | settings
+    names = "sparsity max_increase learning_rate images generations".split()
+    settings = {name: getattr(args, name) for name in names} | {"epochs": EPOCHS | {"others": 5}}
     file = args.out / ("budgets-quick.json" if args.quick else "budgets.json")
     records = []
-    if file.is_file():
+    if file.is_file() and not args.quick:
         before = json.loads(file.read_text())
-        if before["settings"] != settings and not args.quick:
+        if before["settings"] != settings:
             parser.error(
                 f"{file} holds results of other settings. Pass another --out, or move it away."
             )
-        records = [] if args.quick else before["records"]
-    jobs = [(network, seed) for network in args.networks for seed in range(args.seeds)]
-    done = {(r["network"], r["seed"]) for r in records}
+        records = before["records"]
+    jobs = list(itertools.product(args.datasets, args.networks, range(args.seeds)))
+    done = {(r["dataset"], r["network"], r["seed"]) for r in records}
+    load = functools.cache(lambda name: methods.load(name, console))
     content: dict[str, Any] = {}
     with harness.progress(console) as progress:
         task = progress.add_task("budgets", total=len(jobs), note="")
-        for network, seed in jobs:
-            if (network, seed) not in done:
-                note = functools.partial("{} {}: {}".format, network, seed)
-                records.append(
-                    run(
-                        network,
-                        seed,
-                        data,
-                        dataset.num_classes,
-                        args,
-                        lambda what, note=note: progress.update(task, note=note(what)),
-                    )
-                )
+        for name, network, seed in jobs:
+            if (name, network, seed) not in done:
+                at = f"{name} {network} {seed}: "
+                note = lambda what, at=at: progress.update(task, note=at + what)  # noqa: E731
+                records.append(run(load(name), network, seed, args, note))
             content = {
                 "command": "python -m benchmarks.budgets",
                 "environment": harness.environment(),
@@ -305,15 +295,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--quick", action="store_true", help="digits, one seed, few generations")
-    add("--dataset", default="fashion_mnist", help="(fashion_mnist)")
+    add("--datasets", nargs="+", default=["digits", "fashion_mnist"], metavar="NAME")
     add("--networks", nargs="+", default=["mlp", "lenet5"], choices=models.MODELS, metavar="NAME")
     add("--seeds", type=int, default=3, help="how many (3)")
     add("--sparsity", type=float, default=0.95, help="of all kernels together (0.95)")
     add("--max-increase", type=float, default=0.01, help="limit on the loss above dense (0.01)")
-    add("--epochs", type=int, default=8, help="of training (8)")
     add("--learning-rate", type=float, default=1e-3, help="Adam's, at the start (0.001)")
     add("--images", type=int, default=4096, help="training images that the search looks at (4096)")
-    add("--generations", type=int, default=64, help="of 8 networks each (64)")
+    add("--generations", type=int, default=32, help="of 8 networks each (32)")
     add("--batch-size", type=int, default=1, help="networks measured at once (1)")
     add("--out", type=Path, default=harness.OUT, help="folder for the results (benchmarks/out)")
     return parser

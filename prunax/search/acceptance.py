@@ -1,12 +1,13 @@
 """The sparsest network within a limit of the loss, one structure at a time."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from prunax.search.budgets import ways
 from prunax.search.curves import (
     SPARSITIES,
     Sensitivity,
@@ -22,6 +23,7 @@ from prunax.search.structures import Structures, leaves
 __all__ = ["Decision", "Found", "max_sparsity"]
 
 PyTree = Any
+_BISECTIONS = 10  # a thousandth of the whole
 
 
 class Decision(NamedTuple):
@@ -56,7 +58,8 @@ class Found:
         loss: The loss under the masks, as measured; at most `limit`.
         dense_loss: The loss with nothing pruned.
         limit: ``dense_loss + max_increase``.
-        decisions: Every proposal, in order.
+        starts: How much of the cost the greedy and the plain allocations remove within the limit, by name.
+        decisions: Every proposal to go on from the best start, in order.
     """
 
     masks: PyTree
@@ -65,6 +68,7 @@ class Found:
     loss: float
     dense_loss: float
     limit: float
+    starts: dict[str, float]
     decisions: tuple[Decision, ...]
 
     def __rich__(self) -> Any:
@@ -93,17 +97,19 @@ def max_sparsity(
     structures: Structures | None = None,
     sparsities: Sequence[float] = SPARSITIES,
     measured: Sensitivity | None = None,
-    first_step: float = 1 / 4,
+    first_step: float = 1 / 8,
     last_step: float = 1 / 256,
     batch_size: int = 1,
     progress: bool = False,
 ) -> Found:
     """Prune as much as the loss accepts, structure by structure.
 
-    Again and again, the structure that promises to remove the most cost per increase of the loss (from the curves of
-    each pruned alone) proposes to lose one step more. The loss of the network is computed, with everything accepted so
-    far, and the proposal is accepted if it is within the limit. A structure that is rejected halves its step, until its
-    steps are exhausted.
+    The start is the best of several allocations (the greedy one of `allocate`, uniform, Erdos-Renyi, LAMP, global
+    magnitude), each at the largest total that the loss accepts, found by bisection. Then, again and again, the
+    structure that promises to remove the most cost per increase of the loss (from the curves of each pruned alone)
+    proposes to lose one step more. The loss of the network is computed, with everything accepted so far, and the
+    proposal is accepted if it is within the limit. A structure that is rejected halves its step, until its steps are
+    exhausted.
 
     Args:
         loss_fn: ``loss_fn(params) -> scalar``, a pure JAX function: the mean loss over some data. Compiled once. The
@@ -150,25 +156,51 @@ def max_sparsity(
     with losses.counting(None):
         measured = measured or measure(losses, sparsities)
         limit = losses.dense + max_increase
-        pruned, decisions = _search(losses, measured, limit, first_step, last_step)
-    accepted = [d.loss for d in decisions if d.accepted]
+        starts = {
+            name: _bisected(losses, way, limit) for name, way in ways(structures, measured).items()
+        }
+        removed = {name: structures.removed(pruned) for name, pruned in starts.items()}
+        start = starts[max(removed, key=lambda name: removed[name])]
+        pruned, decisions = _search(losses, measured, start, limit, (first_step, last_step))
+        loss = float(losses([pruned])[0])
     return Found(
         structures.masks(pruned),
         structures.sparsities(pruned),
         structures.removed(pruned),
-        accepted[-1] if accepted else losses.dense,
+        loss,
         losses.dense,
         limit,
+        removed,
         tuple(decisions),
     )
 
 
+def _bisected(losses: Losses, way: Callable[[float], np.ndarray], limit: float) -> np.ndarray:
+    """The numbers of pruned units of the largest total whose loss is within the limit, as far as bisection finds it."""
+    structures = losses.structures
+    low, high = 0.0, structures.removed(structures.limits)
+    best = np.zeros(len(structures.names), np.int64)
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        proposal = way(middle)
+        if losses([proposal])[0] <= limit:
+            low, best = middle, proposal
+        else:
+            high = middle
+    return best
+
+
 def _search(
-    losses: Losses, measured: Sensitivity, limit: float, first_step: float, last_step: float
+    losses: Losses,
+    measured: Sensitivity,
+    start: np.ndarray,
+    limit: float,
+    fractions: tuple[float, float],
 ) -> tuple[np.ndarray, list[Decision]]:
     structures = losses.structures
     number = range(len(structures.names))
-    pruned = np.zeros(len(number), np.int64)
+    pruned = start
+    first_step, last_step = fractions
     curves = [curve(structures, measured, i) for i in number]
     smallest = [
         max(structures.nearest(i, last_step * n), structures.steps[i])
@@ -190,12 +222,21 @@ def _search(
         cost = (after(i) - pruned[i]) * structures.unit_costs[i]
         return cost / max(then - before, 1e-12) if np.isfinite(before) else 0.0
 
+    def narrow(i: int) -> None:
+        """Halve the step, to nothing below the smallest."""
+        smaller = structures.nearest(i, steps[i] / 2)
+        steps[i] = smaller if smallest[i] <= smaller < steps[i] else 0
+
     decisions: list[Decision] = []
-    open_ = [i for i in number if structures.limits[i] > 0]
-    while open_:
+    refused: set[tuple[int, ...]] = set()
+    while open_ := [i for i in number if after(i) > pruned[i]]:
         i = max(open_, key=promise)
         proposal = pruned.copy()
         proposal[i] = after(i)
+        known = tuple(map(int, proposal))
+        if known in refused:  # by a longer step, from a point before this one
+            narrow(i)
+            continue
         loss = float(losses([proposal])[0])
         accepted = loss <= limit  # not so for NaN
         size = structures.sizes[i]
@@ -212,8 +253,6 @@ def _search(
         if accepted:
             pruned = proposal
         else:
-            smaller = structures.nearest(i, steps[i] / 2)
-            steps[i] = smaller if smaller < steps[i] else 0
-        if steps[i] < smallest[i] or pruned[i] == structures.limits[i]:
-            open_.remove(i)
+            refused.add(known)
+            narrow(i)
     return pruned, decisions

@@ -1,7 +1,8 @@
 """Budgets by measured loss: which structure loses how much, for a given total."""
 
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,9 +139,8 @@ def allocate(
     total += 0 if measured else len(structures.names) * len(sparsities)
     with losses.counting(total):
         measured = measured or measure(losses, sparsities)
-        starts = {"greedy": _greedy(structures, measured, target)}
-        starts |= {name: start(sparsity) for name, start in structures.starts.items()}
-        fitted = [_fitted(structures, pruned, target) for pruned in starts.values()]
+        starts = ways(structures, measured)
+        fitted = [way(sparsity) for way in starts.values()]
         found = losses(fitted)
         best = min(range(len(fitted)), key=lambda i: _rank(found[i]))
         history = [found[best]]
@@ -160,6 +160,19 @@ def allocate(
         dict(zip(starts, map(float, found), strict=True)),
         tuple(map(float, history)),
     )
+
+
+def ways(structures: Structures, measured: Sensitivity) -> dict[str, Callable[[float], np.ndarray]]:
+    """By name, ways to come from a sparsity to numbers of pruned units of that total."""
+
+    def greedy(sparsity: float) -> np.ndarray:
+        return _greedy(structures, measured, _target(structures, sparsity))
+
+    def fitted(way: Callable[[float], np.ndarray], sparsity: float) -> np.ndarray:
+        return _fitted(structures, way(sparsity), _target(structures, sparsity))
+
+    known = {"greedy": greedy, **structures.starts}
+    return {name: functools.partial(fitted, way) for name, way in known.items()}
 
 
 def _target(structures: Structures, sparsity: float) -> float:

@@ -16,7 +16,7 @@ __all__ = ["SPARSITIES", "Sensitivity", "sensitivity"]
 PyTree = Any
 
 # Where curves are measured by default: densely where networks begin to suffer.
-SPARSITIES = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 1.0)
+SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 1.0)
 
 
 @dataclass(frozen=True, eq=False)

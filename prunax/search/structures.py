@@ -149,7 +149,9 @@ def leaves(
     known = masks.compute_masks(params, 0.0, scores=scores, pattern=pattern, where=where)
     chosen = trees.select(params, where)
     own = zip(chosen.take("leaves", "masks", known), chosen.leaves, strict=True)
-    chosen = chosen.only([n for n, (mask, leaf) in enumerate(own) if trees.is_prunable(mask, leaf)])
+    chosen = chosen.only(
+        [n for n, (mask, leaf) in enumerate(own) if trees.is_prunable(mask, leaf) and leaf.size]
+    )
     ranked = (
         [Partial(jnp.abs, leaf) for leaf in chosen.leaves]
         if scores is None
@@ -166,7 +168,7 @@ def leaves(
     most = pattern.max_sparsity
     limits = [size if most is None else counts.num_pruned(most, size) for size in sizes]
     unit_costs = [
-        _checked(cost(path, leaf) if cost else 1.0, path) * math.prod(leaf.shape) / max(size, 1)
+        _checked(cost(path, leaf) if cost else 1.0, path) * math.prod(leaf.shape) / size
         for path, leaf, size in zip(chosen.paths, chosen.leaves, sizes, strict=True)
     ]
     pools = tuple((i,) for i in range(len(infos)))
