@@ -185,7 +185,7 @@ def main() -> None:
     console = Console()
     chosen = {n: c for n, c in cases(optax.adam(1e-3)).items() if (args.only or "") in n}
     repeats = {
-        n: 5 if args.quick else (60 if steps == 10 else 9) for n, (steps, _) in chosen.items()
+        n: 5 if args.quick else (60 if steps == 10 else 7) for n, (steps, _) in chosen.items()
     }
     results: dict[str, Any] = {}
     with harness.progress(console) as progress:
