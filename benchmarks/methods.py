@@ -676,7 +676,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "dataset": dataset.name,
         "images": {"train": len(dataset.train_labels), "evaluated": len(dataset.test_labels)},
         "validation": args.validation,
-        "epochs": {network: budget.epochs for network, budget in budgets.items()},
+        "epochs": {n: budget_for(n, dataset, args.epochs, length).epochs for n in NETWORKS},
         "batch_size": one.batch_size,
         "learning_rates": LEARNING_RATES,
         "seeds": list(range(args.seeds)),
