@@ -187,7 +187,12 @@ sparsegpt = measure("SparseGPT", calibration.sparsegpt, sparsity=SPARSITY)
 
 # %%
 rows = [
-    (name, f"{value:.2f}", f"{value / perplexity['dense']:.2f}", f"{seconds.get(name, 0):.0f}")
+    (
+        name,
+        f"{value:.2f}",
+        f"{value / perplexity['dense']:.2f}",
+        f"{seconds[name]:.0f}" if name in seconds else "",
+    )
     for name, value in perplexity.items()
 ]
 columns = (
@@ -204,6 +209,8 @@ bars = axes.barh(list(perplexity), list(perplexity.values()), color=["0.6", "C0"
 axes.bar_label(bars, [f" {value:.1f}" for value in perplexity.values()])
 axes.set(xscale="log", xlabel=f"perplexity, {SPARSITY:.0%} pruned (lower is better)")
 axes.set_xlim(perplexity["dense"] / 2, 2 * max(perplexity.values()))
+# The bars carry their values.
+axes.tick_params(axis="x", which="both", bottom=False, labelbottom=False)
 axes.invert_yaxis()
 
 # %% [markdown]
