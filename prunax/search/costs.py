@@ -9,7 +9,7 @@ import numpy as np
 from prunax import jaxprs, trees
 from prunax.structured import count_flops
 
-__all__ = ["Cost", "bytes_per_weight", "flops_per_weight"]
+__all__ = ["bytes_per_weight", "flops_per_weight"]
 
 PyTree = Any
 Cost = Callable[[str, Any], float]

@@ -12,7 +12,7 @@ import numpy as np
 from prunax import counts, masks, trees
 from prunax.search.structures import Structures, words
 
-__all__ = ["LossFn", "Losses"]
+__all__ = ["Losses"]
 
 PyTree = Any
 LossFn = Callable[[PyTree], jax.Array]
