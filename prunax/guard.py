@@ -117,11 +117,10 @@ def screen_params(
         ...     print(finding)
         kernel: units without weights, 1 of 2. Their outputs are constant; structural pruning can remove them.
     """
-    whole = jax.tree.map(lambda _: None, params) if masks is None else masks
     kept_leaves = (
         [None] * len(jax.tree.leaves(params))
         if masks is None
-        else trees.leaves_like("screen_params", "masks", whole, params)
+        else trees.leaves_like("screen_params", "masks", masks, params)
     )
     masked = dict(zip(trees.paths(params), kept_leaves, strict=True))
     found = []

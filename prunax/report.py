@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prunax import trees
-from prunax.tables import Table
+from prunax.tables import Table, Tabular
 
 __all__ = ["Comparison", "LeafComparison", "LeafSummary", "Summary", "compare_masks", "summarize"]
 
@@ -42,7 +42,7 @@ class LeafSummary:
 
 
 @dataclass(frozen=True)
-class Summary:
+class Summary(Tabular):
     """Sizes and sparsities of a tree. Prints as a table.
 
     Attributes:
@@ -118,19 +118,6 @@ class Summary:
             ("leaf", "shape", "dtype", "weights", "kept", "sparsity"), rows, footer, text=3
         )
 
-    def to_markdown(self) -> str:
-        """Turn the summary into a Markdown table."""
-        return self.table().markdown()
-
-    def _repr_html_(self) -> str:
-        return self.table().html()
-
-    def __rich__(self) -> Any:
-        return self.table().__rich__()
-
-    def __str__(self) -> str:
-        return str(self.table())
-
 
 @dataclass(frozen=True)
 class LeafComparison:
@@ -158,7 +145,7 @@ class LeafComparison:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Tabular):
     """How one mask tree differs from another. Prints as a table.
 
     Attributes:
@@ -193,19 +180,6 @@ class Comparison:
         columns = ("leaf", "weights", "kept in both", "removed", "added", "overlap")
         return Table(columns, [row(leaf) for leaf in self.leaves], [row(self.total)])
 
-    def to_markdown(self) -> str:
-        """Turn the comparison into a Markdown table."""
-        return self.table().markdown()
-
-    def _repr_html_(self) -> str:
-        return self.table().html()
-
-    def __rich__(self) -> Any:
-        return self.table().__rich__()
-
-    def __str__(self) -> str:
-        return str(self.table())
-
 
 _COUNTED = ("weights", "both", "removed", "added")
 
@@ -238,12 +212,7 @@ def compare_masks(before: PyTree, after: PyTree) -> Comparison:
     rows = []
     for name, a, b in zip(names, ours, theirs, strict=True):
         for mask in (a, b):
-            dtype = getattr(mask, "dtype", np.dtype(type(mask)))
-            if dtype != np.bool_:
-                raise TypeError(
-                    f"compare_masks: the mask of {name!r} must be bool, got {dtype}. "
-                    f"Unpack packed masks with prunax.transforms.unpack_masks."
-                )
+            _check_bool("compare_masks", name, mask)
         shapes = [np.shape(mask) for mask in (a, b) if np.shape(mask)]
         if not shapes:
             continue
@@ -291,12 +260,8 @@ def summarize(params: PyTree, masks: PyTree | None = None) -> Summary:
         if not trees.is_array(leaf):
             continue
         size = int(np.prod(leaf.shape, dtype=np.int64))
-        dtype = np.dtype(bool) if mask is None else getattr(mask, "dtype", np.dtype(type(mask)))
-        if dtype != np.bool_:
-            raise TypeError(
-                f"summarize: the mask of {name!r} must be bool, got {dtype}. "
-                f"Unpack packed masks with prunax.transforms.unpack_masks."
-            )
+        if mask is not None:
+            _check_bool("summarize", name, mask)
         if mask is None:
             prunable = trees.is_kernel(name, leaf)
             kept = _count(leaf) if prunable else size
@@ -312,6 +277,15 @@ def summarize(params: PyTree, masks: PyTree | None = None) -> Summary:
             )
         rows.append(LeafSummary(name, tuple(leaf.shape), str(leaf.dtype), size, kept, prunable))
     return Summary(tuple(rows))
+
+
+def _check_bool(function: str, path: str, mask: Any) -> None:
+    dtype = getattr(mask, "dtype", np.dtype(type(mask)))
+    if dtype != np.bool_:
+        raise TypeError(
+            f"{function}: the mask of {path!r} must be bool, got {dtype}. "
+            f"Unpack packed masks with prunax.transforms.unpack_masks."
+        )
 
 
 def _count(x: jax.Array) -> int:

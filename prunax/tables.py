@@ -5,7 +5,7 @@ import io
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-__all__ = ["Table"]
+__all__ = ["Table", "Tabular"]
 
 
 class Table(NamedTuple):
@@ -82,8 +82,43 @@ class Table(NamedTuple):
         return table
 
     def __str__(self) -> str:
-        from rich.console import Console
+        return rendered(self)
 
-        console = Console(file=io.StringIO(), width=120)
-        console.print(self)
-        return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+
+class Tabular:
+    """What prints as the table that its `table()` makes, in a terminal, in a notebook and as Markdown.
+
+    Examples:
+        >>> import prunax
+        >>> class Shelf(prunax.tables.Tabular):
+        ...     def table(self):
+        ...         return prunax.tables.Table(("fruit", "number"), [("apples", "3")])
+        >>> print(Shelf().to_markdown().splitlines()[-1])
+        | apples | 3 |
+    """
+
+    def table(self) -> Table:
+        """Arrange it as a `Table`."""
+        raise NotImplementedError
+
+    def to_markdown(self) -> str:
+        """Turn it into a Markdown table."""
+        return self.table().markdown()
+
+    def _repr_html_(self) -> str:
+        return self.table().html()
+
+    def __rich__(self) -> Any:
+        return self.table().__rich__()
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+
+def rendered(value: Any) -> str:
+    """Print something that rich can render, without markup, into a string."""
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=140)
+    console.print(value, markup=False)
+    return console.file.getvalue().rstrip()  # type: ignore[attr-defined]

@@ -15,10 +15,10 @@ from prunax.search.curves import (
     check_measured,
     curve,
     measure,
-    rendered,
 )
 from prunax.search.losses import Losses, LossFn
 from prunax.search.structures import Structures, leaves
+from prunax.tables import Table, Tabular
 
 __all__ = ["Decision", "Found", "max_sparsity"]
 
@@ -47,7 +47,7 @@ class Decision(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
+class Found(Tabular):
     """The sparsest masks that a loss accepted. Prints as a table of decisions.
 
     Attributes:
@@ -71,22 +71,22 @@ class Found:
     starts: dict[str, float]
     decisions: tuple[Decision, ...]
 
-    def __rich__(self) -> Any:
-        """Render as a `rich.table.Table`."""
-        from rich.table import Table
-
+    def table(self) -> Table:
+        """Arrange the decisions as a `tables.Table`."""
+        rows = [
+            (
+                d.name,
+                f"{d.before:.2%}",
+                f"{d.proposed:.2%}",
+                f"{d.sparsity:.2%}",
+                f"{d.loss:.6g}",
+                "accepted" if d.accepted else "rejected",
+            )
+            for d in self.decisions
+        ]
         title = f"{self.sparsity:.2%} removed, loss {self.loss:.6g} within {self.limit:.6g}"
-        table = Table("structure", title=title)
-        for column in ("from", "to", "in all", "loss", "verdict"):
-            table.add_column(column, justify="right")
-        for d in self.decisions:
-            verdict = "accepted" if d.accepted else "rejected"
-            row = f"{d.before:.2%}", f"{d.proposed:.2%}", f"{d.sparsity:.2%}", f"{d.loss:.6g}"
-            table.add_row(d.name, *row, verdict)
-        return table
-
-    def __str__(self) -> str:
-        return rendered(self)
+        columns = ("structure", "from", "to", "in all", "loss", "verdict")
+        return Table(columns, rows, title=title)
 
 
 def max_sparsity(

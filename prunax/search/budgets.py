@@ -17,10 +17,10 @@ from prunax.search.curves import (
     check_measured,
     curve,
     measure,
-    rendered,
 )
 from prunax.search.losses import Losses, LossFn
 from prunax.search.structures import Structures, leaves
+from prunax.tables import Table, Tabular
 
 __all__ = ["Allocated", "allocate"]
 
@@ -28,7 +28,7 @@ PyTree = Any
 
 
 @dataclass(frozen=True, eq=False)
-class Allocated:
+class Allocated(Tabular):
     """Budgets that a search found. Prints as a table.
 
     Attributes:
@@ -50,20 +50,12 @@ class Allocated:
     starts: dict[str, float]
     history: tuple[float, ...]
 
-    def __rich__(self) -> Any:
-        """Render as a `rich.table.Table`."""
-        from rich.table import Table
-
-        table = Table("structure", title=f"loss {self.loss:.4g}, {self.dense_loss:.4g} when dense")
-        table.add_column("sparsity", justify="right")
-        for name, sparsity in self.sparsities.items():
-            table.add_row(name, f"{sparsity:.2%}")
-        table.add_section()
-        table.add_row("of the cost", f"{self.sparsity:.2%}")
-        return table
-
-    def __str__(self) -> str:
-        return rendered(self)
+    def table(self) -> Table:
+        """Arrange the budgets as a `tables.Table`."""
+        rows = [(name, f"{sparsity:.2%}") for name, sparsity in self.sparsities.items()]
+        footer = [("of the cost", f"{self.sparsity:.2%}")]
+        title = f"loss {self.loss:.4g}, {self.dense_loss:.4g} when dense"
+        return Table(("structure", "sparsity"), rows, footer, title=title)
 
 
 def allocate(

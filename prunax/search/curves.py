@@ -1,6 +1,5 @@
 """How the loss grows when one structure alone is pruned."""
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ import numpy as np
 from prunax import schedules
 from prunax.search.losses import Losses, LossFn
 from prunax.search.structures import Structures, leaves
+from prunax.tables import Table, Tabular
 
 __all__ = ["SPARSITIES", "Sensitivity", "sensitivity"]
 
@@ -20,7 +20,7 @@ SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.9
 
 
 @dataclass(frozen=True, eq=False)
-class Sensitivity:
+class Sensitivity(Tabular):
     """The loss when one structure alone is pruned. Prints as a table.
 
     Attributes:
@@ -37,19 +37,14 @@ class Sensitivity:
     losses: np.ndarray
     dense_loss: float
 
-    def __rich__(self) -> Any:
-        """Render as a `rich.table.Table`."""
-        from rich.table import Table
-
-        table = Table("structure", title=f"loss, {self.dense_loss:.4g} when dense")
-        for sparsity in self.sparsities:
-            table.add_column(f"{sparsity:.4g}", justify="right")
-        for name, row in zip(self.names, self.losses, strict=True):
-            table.add_row(name, *(f"{loss:.4g}" for loss in row))
-        return table
-
-    def __str__(self) -> str:
-        return rendered(self)
+    def table(self) -> Table:
+        """Arrange the losses as a `tables.Table`."""
+        columns = ("structure", *(f"{sparsity:.4g}" for sparsity in self.sparsities))
+        rows = [
+            (name, *(f"{loss:.4g}" for loss in row))
+            for name, row in zip(self.names, self.losses, strict=True)
+        ]
+        return Table(columns, rows, title=f"loss, {self.dense_loss:.4g} when dense")
 
 
 def sensitivity(
@@ -133,12 +128,3 @@ def check_measured(function: str, measured: Sensitivity | None, structures: Stru
             f"{function}: `measured` is of other structures: {', '.join(measured.names)}, where "
             f"{', '.join(structures.names)} are to be pruned. Measure those, or leave it out."
         )
-
-
-def rendered(table: Any) -> str:
-    """Print something that rich can render into a string."""
-    from rich.console import Console
-
-    console = Console(file=io.StringIO(), width=140)
-    console.print(table)
-    return console.file.getvalue().rstrip()  # type: ignore[attr-defined]

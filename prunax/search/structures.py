@@ -311,10 +311,7 @@ def channels(
 
 def words(num_pruned: np.ndarray) -> counts.Count:
     """Integers as two words, for numbers that 32 bits do not hold."""
-    wide = num_pruned.astype(np.uint64)
-    return counts.Count(
-        (wide >> np.uint64(32)).astype(np.uint32), (wide & np.uint64(0xFFFFFFFF)).astype(np.uint32)
-    )
+    return counts.number(num_pruned.astype(np.uint64), wide=True)
 
 
 def _each(num_pruned: counts.Count, length: int) -> list[counts.Count]:

@@ -1,6 +1,5 @@
 """Groups of units that can only be removed together, found from a function's jaxpr."""
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from prunax.structured import axes, zeros
 from prunax.structured.axes import Axis, Frozen, Position
 from prunax.structured.rules import RULES
 from prunax.structured.walk import Trace, Value, View, Walk, walk
+from prunax.tables import rendered
 
 __all__ = ["AxisGroup", "Explanation", "Leaf", "Member", "axis_groups", "explain"]
 
@@ -109,11 +109,7 @@ class Explanation:
         return table
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(file=io.StringIO(), width=140)
-        console.print(self, markup=False)
-        return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+        return rendered(self)
 
 
 def _notes(group: AxisGroup) -> str:
