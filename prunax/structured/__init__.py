@@ -6,7 +6,6 @@ from prunax.structured.groups import AxisGroup, Explanation, Member, axis_groups
 from prunax.structured.prune import Shrunk, group_scores, prunable_groups, prune_channels
 from prunax.structured.rebuild import rebuild
 from prunax.structured.regularization import (
-    ProximalGroupState,
     group_lasso,
     group_norms,
     growing_strengths,
@@ -22,7 +21,6 @@ __all__ = [
     "Frozen",
     "Member",
     "Position",
-    "ProximalGroupState",
     "Shrunk",
     "axis_groups",
     "count_flops",

@@ -6,7 +6,7 @@ just those, the network's output unchanged.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,9 @@ import optax
 
 from prunax import trees
 from prunax.structured.groups import AxisGroup, Keep, checked_units
+from prunax.transforms.proximal import proximal
 
 __all__ = [
-    "ProximalGroupState",
     "group_lasso",
     "group_norms",
     "growing_strengths",
@@ -216,18 +216,6 @@ def soft_threshold(
     return chosen.put([leaves[path] for path in chosen.paths], params)
 
 
-class ProximalGroupState(NamedTuple):
-    """State of `proximal_group_lasso`.
-
-    Attributes:
-        count: int32 scalar, number of updates so far.
-        inner_state: State of the wrapped optimizer.
-    """
-
-    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride] - as in optax's states
-    inner_state: Any
-
-
 def proximal_group_lasso(
     inner: optax.GradientTransformation,
     groups: Sequence[AxisGroup],
@@ -247,8 +235,8 @@ def proximal_group_lasso(
         where: As for `group_norms`.
 
     Returns:
-        A `optax.GradientTransformationExtraArgs`; after ``optax.apply_updates`` small units are exactly 0.0 in the
-        chosen leaves.
+        A `optax.GradientTransformationExtraArgs` whose state is a `prunax.transforms.ProximalState`; after
+        ``optax.apply_updates`` small units are exactly 0.0 in the chosen leaves.
 
     Raises:
         ValueError: If the threshold is negative or NaN; from `update`, if params is missing.
@@ -262,47 +250,12 @@ def proximal_group_lasso(
         >>> optax.apply_updates(params, updates)["down"].tolist()
         [[0.5], [0.0]]
     """
-    if not callable(threshold) and not float(threshold) >= 0:
-        raise ValueError(
-            f"proximal_group_lasso: threshold must be a number of at least 0, got {threshold}."
-        )
-    inner = optax.with_extra_args_support(inner)
 
-    def init(params: PyTree) -> ProximalGroupState:
-        return ProximalGroupState(jnp.zeros((), jnp.int32), inner.init(params))
+    def shrink(moved: trees.Selection, tau: jax.Array) -> list[jax.Array]:
+        shrunk = soft_threshold(groups, moved.params, tau, where=where)
+        return moved.take("proximal_group_lasso", "params", shrunk)
 
-    def update(
-        updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
-    ) -> tuple[PyTree, ProximalGroupState]:
-        if params is None:
-            raise ValueError(
-                "proximal_group_lasso: needs the current parameters. Call tx.update(grads, state, params)."
-            )
-        chosen = trees.select(params, where)
-        tau = threshold(state.count) if callable(threshold) else threshold
-        updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
-        moved = [
-            w + u.astype(w.dtype)
-            for w, u in zip(
-                chosen.leaves,
-                chosen.take("proximal_group_lasso", "inner updates", updates),
-                strict=True,
-            )
-        ]
-        shrunk = soft_threshold(groups, chosen.put(moved, params), tau, where=where)
-        # In the parameter's dtype: in a narrower one -param would not cancel it exactly.
-        steps = [
-            new - w
-            for w, new in zip(
-                chosen.leaves,
-                chosen.take("proximal_group_lasso", "params", shrunk),
-                strict=True,
-            )
-        ]
-        count = jnp.asarray(optax.safe_increment(state.count))
-        return chosen.put(steps, updates), ProximalGroupState(count, inner_state)
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    return proximal("proximal_group_lasso", inner, threshold, shrink, where)
 
 
 def _squares(

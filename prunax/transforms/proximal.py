@@ -65,10 +65,12 @@ def proximal_l1(
         2004, arXiv:math/0307152; Parikh and Boyd, Proximal Algorithms, 2014, section 6.5.2.
     """
 
-    def shrink(v: jax.Array, tau: jax.Array) -> jax.Array:
-        return jnp.sign(v) * jnp.maximum(jnp.abs(v) - tau, 0)
+    def shrink(moved: trees.Selection, tau: jax.Array) -> list[jax.Array]:
+        return [
+            jnp.sign(v) * jnp.maximum(jnp.abs(v) - tau.astype(v.dtype), 0) for v in moved.leaves
+        ]
 
-    return _proximal("proximal_l1", inner, threshold, shrink, where)
+    return proximal("proximal_l1", inner, threshold, shrink, where)
 
 
 def proximal_group_lasso(
@@ -108,22 +110,30 @@ def proximal_group_lasso(
         Yuan and Lin, Model Selection and Estimation in Regression with Grouped Variables, 2006, equation 2.3.
     """
 
-    def shrink(v: jax.Array, tau: jax.Array) -> jax.Array:
+    def shrunk(v: jax.Array, tau: jax.Array) -> jax.Array:
         rms = jnp.sqrt(pattern.pool(jnp.square(v)))
-        scale = jnp.maximum(1 - tau.astype(rms.dtype) / jnp.where(rms > 0, rms, 1), 0)
+        tau = tau.astype(v.dtype).astype(rms.dtype)
+        scale = jnp.maximum(1 - tau / jnp.where(rms > 0, rms, 1), 0)
         return v * pattern.expand(scale, v.shape).astype(v.dtype)
 
-    return _proximal("proximal_group_lasso", inner, threshold, shrink, where, pattern)
+    def shrink(moved: trees.Selection, tau: jax.Array) -> list[jax.Array]:
+        patterns.check_fit("proximal_group_lasso", pattern, moved.shapes)
+        return [shrunk(v, tau) for v in moved.leaves]
+
+    return proximal("proximal_group_lasso", inner, threshold, shrink, where)
 
 
-def _proximal(
+def proximal(
     name: str,
     inner: optax.GradientTransformation,
-    threshold: Any,
-    shrink: Callable[[jax.Array, jax.Array], jax.Array],
+    threshold: float | Callable[[jax.Array], Any],
+    shrink: Callable[[trees.Selection, jax.Array], list[jax.Array]],
     where: trees.Where,
-    pattern: patterns.Pattern = patterns.Unstructured(),
 ) -> optax.GradientTransformationExtraArgs:
+    """Wrap an optimizer so that `shrink` moves the chosen leaves after each of its updates.
+
+    `shrink` is given the leaves where the update would put them, and the threshold of the step.
+    """
     if not callable(threshold) and not float(threshold) >= 0:
         raise ValueError(f"{name}: threshold must be a number of at least 0, got {threshold}.")
     inner = optax.with_extra_args_support(inner)
@@ -139,15 +149,16 @@ def _proximal(
                 f"{name}: needs the current parameters. Call tx.update(grads, state, params)."
             )
         chosen = trees.select(params, where)
-        patterns.check_fit(name, pattern, chosen.shapes)
         tau = jnp.asarray(threshold(state.count) if callable(threshold) else threshold)
         updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
-        shrunk = [
-            # In the parameter's dtype: in a narrower one -param would not cancel it exactly.
-            shrink(w + u.astype(w.dtype), tau.astype(w.dtype)) - w
+        moved = [
+            w + u.astype(w.dtype)
             for w, u in zip(chosen.leaves, chosen.take(name, "inner updates", updates), strict=True)
         ]
+        shrunk = shrink(chosen._replace(params=chosen.put(moved, params), leaves=moved), tau)
+        # In the parameter's dtype: in a narrower one -param would not cancel it exactly.
+        steps = [new - w for w, new in zip(chosen.leaves, shrunk, strict=True)]
         count = jnp.asarray(optax.safe_increment(state.count))
-        return chosen.put(shrunk, updates), ProximalState(count, inner_state)
+        return chosen.put(steps, updates), ProximalState(count, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
