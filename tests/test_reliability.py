@@ -3,7 +3,6 @@
 import gc
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ import reference
 from compilation import compilations
 from hypothesis import given, settings
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from processes import run_two
 
 import prunax
 from prunax import allocation, patterns, schedules
@@ -214,26 +214,7 @@ for name in ("hidden", "out"):
 
 
 def test_two_processes_train_in_step_with_one(uninterrupted, tmp_path):
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port = s.getsockname()[1]
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(SCRIPT.parents[1]),
-    }
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(port), str(i), str(tmp_path), str(STEPS)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    outputs = [worker.communicate(timeout=300)[0] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(outputs)
+    run_two(WORKER, tmp_path, STEPS)
     for name in ("hidden", "out"):
         parts = sorted(tmp_path.glob(f"{name}-*.npy"), key=lambda p: int(p.stem.split("-")[1]))
         together = np.concatenate([np.load(part) for part in parts])

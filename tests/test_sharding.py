@@ -1,17 +1,12 @@
 """Masks and training of sharded params: the same bits as on one device, and sharded like the params."""
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from processes import run_two
 
 import prunax
 from prunax import allocation, patterns, schedules
@@ -129,26 +124,7 @@ for name, mask in masks.items():
 
 
 def test_two_processes_choose_what_one_does(tmp_path):
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port = s.getsockname()[1]
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(Path(__file__).parents[1]),
-    }
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(port), str(i), str(tmp_path)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    outputs = [worker.communicate(timeout=300)[0] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(outputs)
+    run_two(WORKER, tmp_path)
     expected = prunax.compute_masks(
         {"first": VALUES, "second": VALUES}, 0.9, allocation=allocation.global_ranking
     )
