@@ -84,9 +84,7 @@ def compute_masks(
         chosen, score_leaves = _given_scores(scores, chosen)
     _check_request(sparsity, threshold, allocation, pattern)
     patterns.check_fit("compute_masks", pattern, chosen.shapes)
-    patterns.check_shards(
-        "compute_masks", pattern, list(zip(chosen.paths, chosen.leaves, strict=True))
-    )
+    patterns.check_shards("compute_masks", pattern, chosen)
 
     if threshold is not None:
         kept = _above_threshold(score_leaves, threshold, pattern=pattern)

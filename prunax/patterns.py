@@ -359,12 +359,12 @@ def check_fit(function: str, pattern: Pattern, leaves: Sequence[tuple[str, Shape
             )
 
 
-def check_shards(function: str, pattern: Pattern, leaves: Sequence[tuple[str, jax.Array]]) -> None:
+def check_shards(function: str, pattern: Pattern, chosen: trees.Selection) -> None:
     """Raise ValueError, naming leaf and axis, where an array's type (explicit sharding) cuts a unit in two.
 
     On a mesh whose axes are automatic nothing is known of the sharding here, and XLA moves what it needs to.
     """
-    for path, leaf in leaves:
+    for path, leaf in zip(chosen.paths, chosen.leaves, strict=True):
         shape, tile = jnp.shape(leaf), pattern.tile(jnp.ndim(leaf))
         for axis, (n, parts) in enumerate(zip(shape, trees.shards(leaf), strict=True)):
             if parts > 1 and n // parts % tile[axis]:

@@ -25,7 +25,7 @@ from prunax.counts import (
 )
 from prunax.selection.keys import largest_key
 from prunax.selection.reading import Leaf, Score, count_before, describe, write_mask
-from prunax.selection.search import Bracket, of_leaves, pool_totals, search, start
+from prunax.selection.search import Bracket, cut, of_leaves, pool_totals, search, settle, start
 
 __all__ = ["keep_largest"]
 
@@ -218,8 +218,8 @@ def _sampled_pivots(owner: Owner, samples: list[Array], target: Number, bracket:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _tie_bracket(leaves, owner, target, bracket):
     below = pool_totals(bracket.below, owner, target)
-    found = ~less(below, target)  # without any unit equal to the threshold
-    threshold = of_leaves(jnp.where(found, bracket.low, bracket.high), owner)
+    found, threshold = settle(bracket, below, target)
+    threshold = of_leaves(threshold, owner)
     ties = subtract(bracket.upto, bracket.below)
     zeros = jax.tree.map(jnp.zeros_like, ties)
     ties = where(of_leaves(found, owner), zeros, ties)
@@ -248,6 +248,4 @@ def _deal(ties: Number, owner: Owner, wanted: Number) -> Number:
 
 @jax.jit
 def _cuts(threshold: Array, share: Number, bracket: Bracket) -> Array:
-    at_low = ~less(bracket.below, share)
-    cut = jnp.where(at_low, bracket.low, bracket.high + 1)
-    return jnp.stack([threshold, cut.astype(threshold.dtype)], axis=1)
+    return jnp.stack([threshold, cut(bracket, share).astype(threshold.dtype)], axis=1)

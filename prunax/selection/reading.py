@@ -152,9 +152,8 @@ def count_before(leaf: Leaf, score: Score, table: Array, row: np.ndarray) -> Num
     changes from pass to pass, so XLA cannot compute keys or positions before the loop and store them.
     """
     shape, axes = leaf.grid()
-    score = leaf.reshape(
-        score, shape
-    )  # before the barrier: fused into the read it would cost a division a unit
+    # Reshaped before the barrier: fused into the read it would cost a division a unit.
+    score = leaf.reshape(score, shape)
     score, values, zero = lax.optimization_barrier(
         (score, _row(table, row), jnp.zeros((), jnp.uint32))
     )
@@ -167,8 +166,7 @@ def count_before(leaf: Leaf, score: Score, table: Array, row: np.ndarray) -> Num
         hits = [
             tied & lies_before(shape, values[j].astype(jnp.uint32), zero) for j in range(PIVOTS)
         ]
-    counts = count_hits(hits, axes)
-    counts = jnp.stack(counts)
+    counts = jnp.stack(count_hits(hits, axes))
     inner = tuple(range(1, counts.ndim))
     return exact_sum(counts, lambda c: jnp.sum(c, axis=inner, dtype=jnp.uint32), leaf.wide)
 

@@ -151,6 +151,17 @@ def of_leaves(of_pools: Array, owner: Owner) -> Array:
     return of_pools if owner[-1] + 1 == len(owner) else of_pools[np.asarray(owner)]
 
 
+def settle(bracket: Bracket, below: Number, target: Number) -> tuple[Array, Array]:
+    """Of a bracket that is searched: whether `low` has exactly the units before it, and the threshold key."""
+    exact = ~less(below, target)
+    return exact, jnp.where(exact, bracket.low, bracket.high)
+
+
+def cut(bracket: Bracket, share: Number) -> Array:
+    """The index before which as many ties lie as are to be kept."""
+    return jnp.where(less(bracket.below, share), bracket.high + 1, bracket.low)
+
+
 @functools.partial(jax.jit, static_argnums=(0,))
 def _narrow_leaves(
     owner: Owner, target: Number, bracket: Bracket, counts: Sequence[Number]

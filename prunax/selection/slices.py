@@ -10,10 +10,9 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from prunax.counts import less
 from prunax.selection.keys import largest_key
 from prunax.selection.reading import PIVOTS, Leaf, Score, count_hits, describe
-from prunax.selection.search import Bracket, narrow, start
+from prunax.selection.search import Bracket, cut, narrow, settle, start
 
 __all__ = ["keep_largest_along"]
 
@@ -112,20 +111,19 @@ def _search_slices(leaf: Leaf, scores: Score, axis: int, kept: Array) -> Array:
     everything = jnp.full_like(target, n)
     found = search(target, start(None, target, highest, everything))
 
-    exact = ~less(found.below, target)  # without any unit equal to the threshold
-    threshold = jnp.where(exact, found.low, found.high).astype(keys.dtype)
+    exact, threshold = settle(found, found.below, target)
+    threshold = threshold.astype(keys.dtype)
     ties = jnp.where(exact, jnp.zeros_like(target), found.upto - found.below)
     share = jnp.minimum(ties, target - found.below)
 
     last = jnp.full_like(target, n - 1)
-    cuts = search(share, start(None, share, last, ties), threshold)
-    cut = jnp.where(less(cuts.below, share), cuts.high + 1, cuts.low)
+    end = cut(search(share, start(None, share, last, ties), threshold), share)
 
-    threshold, cut = (
-        jnp.broadcast_to(jnp.expand_dims(x, axis), leaf.shape) for x in (threshold, cut)
+    threshold, end = (
+        jnp.broadcast_to(jnp.expand_dims(x, axis), leaf.shape) for x in (threshold, end)
     )
     here = lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-    return (keys < threshold) | ((keys == threshold) & (here < cut))
+    return (keys < threshold) | ((keys == threshold) & (here < end))
 
 
 def _position(shape: tuple[int, ...], zero: Array) -> Array:

@@ -108,7 +108,7 @@ def train_masked(
         chosen = trees.select(params, where)
         leaves = chosen.leaves
         patterns.check_fit("prune", pattern, chosen.shapes)
-        patterns.check_shards("prune", pattern, list(zip(chosen.paths, chosen.leaves, strict=True)))
+        patterns.check_shards("prune", pattern, chosen)
         stored = chosen.take("prune", "masks in the state", state.masks)
         gradients = chosen.take("prune", "updates", updates)
         _check_shapes(chosen, stored, gradients, packed)
