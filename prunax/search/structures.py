@@ -14,7 +14,8 @@ from jax.tree_util import Partial
 from prunax import allocation as allocations
 from prunax import counts, masks, patterns, selection, trees
 from prunax.search.costs import Cost
-from prunax.structured import AxisGroup, group_scores, prunable_groups
+from prunax.structured import AxisGroup, prunable_groups
+from prunax.structured.prune import ranked_units
 
 __all__ = ["Structures", "channels", "leaves"]
 
@@ -245,18 +246,7 @@ def channels(
     if not chosen:
         reasons = "; ".join(f"{g.name} is {g.frozen or 'not selected'}" for g in groups)
         raise ValueError(f"channels: no group may shrink: {reasons or 'there are none'}.")
-    if scores is None:
-        scores = trees.select(params, where).put(
-            [jnp.abs(leaf) for leaf in trees.select(params, where).leaves],
-            jax.tree.map(lambda _: np.float32(0), params),
-        )
-    unit_scores = group_scores(chosen, params, scores)
-    for group, score in unit_scores.items():
-        if np.isnan(score).any():
-            raise ValueError(
-                f"channels: the scores of {group.name} contain NaN, which cannot be ranked. "
-                f"Look for the step that made them, or replace them with jnp.nan_to_num."
-            )
+    unit_scores = ranked_units("channels", chosen, params, scores, where)
     ranked = [jnp.asarray(unit_scores[group], jnp.float32) for group in chosen]
     names, sizes = tuple(g.name for g in chosen), tuple(g.size for g in chosen)
     tree_leaves = dict(zip(trees.paths(params), jax.tree.leaves(params), strict=True))

@@ -107,10 +107,7 @@ def prune_channels(
     chosen = prunable_groups(groups, params, where=where)
     if not chosen:
         raise ValueError(_nothing_to_prune(groups, params, where))
-    if scores is None:
-        scores = _magnitudes(params, where)
-    unit_scores = group_scores(chosen, params, scores)
-    _check_finite(unit_scores)
+    unit_scores = ranked_units("prune_channels", chosen, params, scores, where)
     for group, units in (protect or {}).items():
         if group in unit_scores:
             unit_scores[group][checked_units("prune_channels", group, units)] = np.inf
@@ -204,6 +201,27 @@ def group_scores(
             if path in arrays:
                 result[group] += sums(path, axis)[position.indices(group.size)].sum(1)
     return result
+
+
+def ranked_units(
+    function: str,
+    groups: Sequence[AxisGroup],
+    params: PyTree,
+    scores: PyTree | None,
+    where: trees.Where,
+) -> dict[AxisGroup, np.ndarray]:
+    """The scores of units: of the given scores, or |w| of the selected leaves. NaN is refused."""
+    if scores is None:
+        scores = _magnitudes(params, where)
+    unit_scores = group_scores(groups, params, scores)
+    for group, score in unit_scores.items():
+        if np.isnan(score).any():
+            raise ValueError(
+                f"{function}: the scores of {group.name} contain NaN, which cannot be ranked. "
+                f"Look for the step that made them in its members: "
+                f"{', '.join(dict.fromkeys(member.path for member in group.members))}."
+            )
+    return unit_scores
 
 
 def _magnitudes(params: PyTree, where: trees.Where) -> PyTree:
@@ -310,16 +328,6 @@ def _check_request(
     for name, value in (("round_to", round_to), ("min_width", min_width)):
         if value < 1:
             raise ValueError(f"prune_channels: {name} must be at least 1, got {value}.")
-
-
-def _check_finite(unit_scores: Mapping[AxisGroup, np.ndarray]) -> None:
-    for group, score in unit_scores.items():
-        if np.isnan(score).any():
-            raise ValueError(
-                f"prune_channels: the scores of {group.name} contain NaN, which cannot be ranked. "
-                f"Look for the step that made them in its members: "
-                f"{', '.join(dict.fromkeys(member.path for member in group.members))}."
-            )
 
 
 def _nothing_to_prune(groups: Sequence[AxisGroup], params: PyTree, where: trees.Where) -> str:
