@@ -21,6 +21,7 @@ from prunax.cli.sources import (
     is_orbax,
     printable,
 )
+from prunax.export.store import readable
 from prunax.report import LeafSummary, Summary
 from prunax.tables import Table
 
@@ -40,7 +41,9 @@ def inspect(args: argparse.Namespace, source: Source, out: Console, err: Console
         looked = list(looking.look(source, step))
     if args.json:
         out.print_json(
-            json.dumps({"metadata": _shown(source), "tensors": [x.to_dict() for x in looked]})
+            json.dumps(
+                {"metadata": readable(source.metadata), "tensors": [x.to_dict() for x in looked]}
+            )
         )
     else:
         rows = [
@@ -167,7 +170,7 @@ def report(args: argparse.Namespace, source: Source, out: Console, err: Console)
     title, facts = printable(source.path.name), _totals(source, looked)
     match args.format:
         case "json":
-            text = json.dumps(summary.to_dict() | {"metadata": _shown(source)}, indent=1)
+            text = json.dumps(summary.to_dict() | {"metadata": readable(source.metadata)}, indent=1)
         case "markdown":
             lines = "\n".join(f"- {fact}" for fact in facts)
             text = f"# {title}\n\n{lines}\n\n{summary.to_markdown()}"
@@ -201,11 +204,6 @@ def _check_out(args: argparse.Namespace) -> None:
         raise UsageError(f"the folder {args.out.absolute().parent} does not exist.")
 
 
-def _shown(source: Source) -> dict[str, str]:
-    hidden = ("prunax.leaves", "prunax.sha256")
-    return {key: text for key, text in source.metadata.items() if key not in hidden}
-
-
 def _totals(source: Source, looked: Sequence[looking.Looked]) -> list[str]:
     size = sum(x.tensor.size for x in looked)
     zeros = sum(x.zeros or 0 for x in looked)
@@ -215,7 +213,10 @@ def _totals(source: Source, looked: Sequence[looking.Looked]) -> list[str]:
         f"{len(looked)} tensors, {size:,} numbers, {zeros / max(size, 1):.2%} of them zero",
         f"{source.nbytes:,} bytes on the disk; {plain:,} plain, {compressed:,} compressed "
         f"({compressed / max(plain, 1):.2f}x)",
-        *(f"{printable(key)}: {printable(text)}" for key, text in _shown(source).items()),
+        *(
+            f"{printable(key)}: {printable(text)}"
+            for key, text in readable(source.metadata).items()
+        ),
     ]
 
 

@@ -15,7 +15,7 @@ from prunax import patterns
 from prunax.cli import ranking
 from prunax.cli.sources import OrbaxSource, SafetensorsSource, Tensor, UsageError, save_orbax
 from prunax.export import encoding
-from prunax.export.store import ArrayWriter
+from prunax.export.store import OWN, ArrayWriter
 
 __all__ = ["Request", "Result"]
 
@@ -229,8 +229,7 @@ def _writer(
     compress: bool,
     overwrite: bool,
 ) -> ArrayWriter:
-    own = ("prunax.format", "prunax.kind", "prunax.version", "prunax.leaves", "prunax.sha256")
-    metadata = {key: text for key, text in source.metadata.items() if key not in own}
+    metadata = {key: text for key, text in source.metadata.items() if key not in OWN}
     if request is not None:
         metadata["prunax.pattern"] = repr(request.pattern)
         metadata.pop("prunax.sparsity", None)

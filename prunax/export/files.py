@@ -16,7 +16,7 @@ from prunax import masks as mask_trees
 from prunax import patterns, trees
 from prunax.export.container import FormatError
 from prunax.export.encoding import DTYPES
-from prunax.export.store import ArrayReader, ArrayWriter, Stored
+from prunax.export.store import ArrayReader, ArrayWriter, Stored, readable
 from prunax.export.verify import verify_pattern
 
 __all__ = ["load_masks", "load_params", "read_metadata", "save_masks", "save_params"]
@@ -200,8 +200,7 @@ def read_metadata(path: Path) -> dict[str, str]:
         'NM(n=1, m=2, axis=-2)'
     """
     with ArrayReader(path) as reader:
-        hidden = ("prunax.leaves", "prunax.sha256")
-        return {key: text for key, text in reader.metadata.items() if key not in hidden}
+        return readable(reader.metadata)
 
 
 def _save(

@@ -41,6 +41,9 @@ __all__ = ["ArrayReader", "ArrayWriter", "Stored"]
 
 FORMAT = "1"
 _ROWS = ("bits", "mask", "bytes")
+LEAVES = "prunax.leaves"
+# What prunax writes into a header by itself, besides the pattern and the sparsity.
+OWN = ("prunax.format", "prunax.kind", "prunax.version", LEAVES, DIGEST)
 
 
 class Stored(NamedTuple):
@@ -125,7 +128,7 @@ class ArrayWriter:
             return self._metadata
         table = {name: [s.encoding, s.dtype, list(s.shape)] for name, s in stored.items()}
         text = json.dumps(table, ensure_ascii=False, separators=(",", ":"))
-        return self._metadata | {"prunax.leaves": text}
+        return self._metadata | {LEAVES: text}
 
     def add(self, name: str, array: np.ndarray) -> None:
         """Write an array, in the encoding that takes the fewest bytes."""
@@ -170,7 +173,7 @@ class ArrayReader:
             self.metadata = self.reader.metadata
             self.kind = self.metadata.get("prunax.kind")
             if self.kind is None:
-                if DIGEST in self.metadata or "prunax.leaves" in self.metadata:
+                if DIGEST in self.metadata or LEAVES in self.metadata:
                     raise self._fail("the metadata lack prunax.kind")
                 self.leaves = {
                     name: Stored("plain", _dtype_name(entry.dtype), entry.shape)
@@ -202,7 +205,7 @@ class ArrayReader:
         if self.kind not in ("params", "masks"):
             raise self._fail(f"it holds {self.kind!r}, not params or masks")
         try:
-            table = parse_json(self.metadata.get("prunax.leaves", ""))
+            table = parse_json(self.metadata.get(LEAVES, ""))
         except ValueError as error:
             raise self._fail(f"prunax.leaves cannot be parsed ({error})") from None
         if not isinstance(table, dict) or table.keys() != self.reader.entries.keys():
@@ -254,6 +257,11 @@ class ArrayReader:
             return data.view(dtype).reshape(stored.shape)
         except ValueError as error:
             raise self._fail(f"{name!r} does not hold what it should ({error})") from None
+
+
+def readable(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The texts of a header that say something to a reader: without the table of leaves and the checksum."""
+    return {key: text for key, text in metadata.items() if key not in (LEAVES, DIGEST)}
 
 
 def _dtype_name(dtype: str) -> str:
