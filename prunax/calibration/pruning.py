@@ -228,9 +228,7 @@ def admm(
     planner = _Planner("admm", params, sparsity, pattern, allocation, where)
 
     def solve(problem: plans.Problem, weights: jax.Array, total: Any) -> Solved:
-        grams, *drift = total
-        if drift:
-            weights = _retarget(weights, _factorize(grams, damping), *drift, correction)
+        weights, grams = _made_good(weights, total, damping, correction)
         own = planner.matrix_pattern(problem)
         k = planner.budget(problem)
         each = solver.budgets(own, k, problem.shape, problem.shape[1])[:, 0]
@@ -299,9 +297,7 @@ def reconstruct(
     kept = trees.select(params, where).take("reconstruct", "masks", masks)
 
     def solve(problem: plans.Problem, weights: jax.Array, total: Any) -> jax.Array:
-        grams, *drift = total
-        if drift:
-            weights = _retarget(weights, _factorize(grams, damping), *drift, correction)
+        weights, grams = _made_good(weights, total, damping, correction)
         mask = problem.read(jnp.asarray(kept[problem.leaf]))
         return _refit(weights, mask, grams, damping, iterations=iterations)
 
@@ -477,6 +473,16 @@ def _moments(
     if sequential and correction:
         return stages.gram_and_drift, {"sequential": True, "beside_dense": True}
     return stages.only_gram, {"sequential": sequential}
+
+
+def _made_good(
+    weights: jax.Array, total: Any, damping: float, correction: float
+) -> tuple[jax.Array, jax.Array]:
+    """Matrices to fit in place of the dense ones, and the Gram matrices of their inputs."""
+    grams, *drift = total
+    if drift:
+        weights = _retarget(weights, _factorize(grams, damping), *drift, correction)
+    return weights, grams
 
 
 def _each(
