@@ -123,35 +123,22 @@ def cases(
     def through(params: PyTree) -> PyTree:
         return prunax.straight_through(params, masks(params))
 
+    def beside(run: Callable[..., Run], sparsity: Any) -> Callable[[], dict[str, Run]]:
+        """Dense, and pruned with bool and with packed masks."""
+        return lambda: {
+            "dense": run(adam),
+            "bool": run(prunax.prune(adam, sparsity)),
+            "packed": run(prunax.prune(adam, sparsity, packed=True)),
+        }
+
     step = functools.partial(Run, sizes=wide, steps=10)
     whole = functools.partial(Run, sizes=wide, steps=200, restart=True)
     small = functools.partial(Run, sizes=lenet, steps=2000, restart=True)
     short = prunax.schedules.polynomial(0.9, 100, 200, every=100)
     return {
-        "a step without mask update, 4 x 1024 x 1024": (
-            10,
-            lambda: {
-                "dense": step(adam),
-                "bool": step(prunax.prune(adam, 0.9)),
-                "packed": step(prunax.prune(adam, 0.9, packed=True)),
-            },
-        ),
-        "gradual, masks every 100 steps, 4 x 1024 x 1024": (
-            200,
-            lambda: {
-                "dense": whole(adam),
-                "bool": whole(prunax.prune(adam, short)),
-                "packed": whole(prunax.prune(adam, short, packed=True)),
-            },
-        ),
-        "gradual, masks every 100 steps, LeNet-300-100": (
-            2000,
-            lambda: {
-                "dense": small(adam),
-                "bool": small(prunax.prune(adam, gradual)),
-                "packed": small(prunax.prune(adam, gradual, packed=True)),
-            },
-        ),
+        "a step without mask update, 4 x 1024 x 1024": (10, beside(step, 0.9)),
+        "gradual, masks every 100 steps, 4 x 1024 x 1024": (200, beside(whole, short)),
+        "gradual, masks every 100 steps, LeNet-300-100": (2000, beside(small, gradual)),
         "straight-through, masks every step, LeNet-300-100": (
             2000,
             lambda: {"dense": small(adam), "straight-through": small(adam, forward=through)},
