@@ -117,23 +117,35 @@ def train_masked(
         if average is not None:
             averaged = average.update(averaged, params, updates)
 
-        def renew(old: Arrays, grads: Arrays, inner_state: Any) -> tuple[Arrays, Arrays, Any, Any]:
+        due = is_update_step(state.count)
+
+        def rank(old: Arrays) -> tuple[Arrays, Arrays, jax.Array]:
             before = [unpack(m, leaf) for m, leaf in zip(old, leaves, strict=True)]
             ranked, has_nan = next_masks(state.count, updates, averaged, chosen, before)
             new = [jnp.where(has_nan, b, m) for b, m in zip(before, ranked, strict=True)]
+            grown = [m & ~b for m, b in zip(new, before, strict=True)]
+            return [pack(m) for m in new], grown, has_nan.astype(jnp.int32)
+
+        def renew(old: Arrays, grads: Arrays, inner_state: Any) -> tuple[Arrays, Arrays, Any, Any]:
+            none = [jnp.zeros(leaf.shape, jnp.bool_) for leaf in leaves]
+            # A loop of one turn: the new masks take the old ones' place in it. Without it both are alive at the end
+            # of this branch, and XLA copies masks in every step, those without an update included.
+            _, new, grown, skipped = jax.lax.while_loop(
+                lambda carry: carry[0],
+                lambda carry: (jnp.zeros_like(due), *rank(carry[1])),
+                (due, old, none, jnp.zeros((), jnp.int32)),
+            )
             if mask_gradients:
                 # A weight that comes back begins at zero without a past, and with the gradient of the next step.
-                grown = [m & ~b for m, b in zip(new, before, strict=True)]
-                none = jax.tree.map(lambda _: jnp.zeros((), jnp.bool_), params)
                 inner_state = optax.tree.map_params(
                     inner,
                     _forget,
                     inner_state,
-                    chosen.put(grown, none),
+                    chosen.put(grown, jax.tree.map(lambda _: jnp.zeros((), jnp.bool_), params)),
                     is_leaf=lambda node: isinstance(node, optax.MaskedNode),
                 )
                 grads = _zero(grads, [~g for g in grown])
-            return [pack(m) for m in new], grads, inner_state, has_nan.astype(jnp.int32)
+            return new, grads, inner_state, skipped
 
         def keep(old: Arrays, grads: Arrays, inner_state: Any) -> tuple[Arrays, Arrays, Any, Any]:
             return old, grads, inner_state, jnp.zeros((), jnp.int32)
@@ -141,7 +153,7 @@ def train_masked(
         # All that a mask update touches goes through: nothing of the old state is read afterwards, so that in other
         # steps XLA passes buffers on instead of copying them.
         stored, grads, inner_state, skipped = jax.lax.cond(
-            is_update_step(state.count),
+            due,
             renew,
             keep,
             stored,
