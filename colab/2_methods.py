@@ -297,6 +297,8 @@ prunax.guard.findings_table(prunax.guard.screen_params(params))
 # - *static*: random masks that never move. The baseline;
 # - *SET* grows at random (Mocanu et al., 2018);
 # - *RigL* grows where the gradient is largest (Evci et al., 2020).
+#
+# All of them, and gradual pruning beside them, share weights out to the layers by Erdős-Rényi.
 
 # %%
 moving = {"every": max(STEPS // 40, 1), "end_step": STEPS * 3 // 4}
@@ -305,13 +307,13 @@ dynamic = {
     "static": lambda s, key: transforms.static_sparse(adam(), s, key=key),
     "SET": lambda s, key: transforms.sparse_evolutionary(adam(), s, key=key, **moving),
     "RigL": lambda s, key: transforms.rigl(adam(), s, key=key, **moving),
-    "magnitude": criteria["magnitude"],
+    "Erdős-Rényi": allocations["Erdős-Rényi"],
 }
 table, curves = compare(dynamic)
 table
 
 # %%
-front({"gradual, from dense" if n == "magnitude" else n: points for n, points in curves.items()})
+front({"gradual, from dense" if n == "Erdős-Rényi" else n: points for n, points in curves.items()})
 
 # %% [markdown]
 # How far do connections move? Compare the masks after the first epoch with the last ones. What stays is the overlap.
@@ -350,5 +352,5 @@ prunax.tables.Table(
 )
 
 # %% [markdown]
-# These runs are short. `python -m benchmarks.methods` does the same at length, on three networks and with more
+# These runs are short. `python -m benchmarks.methods` does the same at length, on two networks and with more
 # methods.

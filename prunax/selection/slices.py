@@ -76,7 +76,7 @@ def _search_slices(leaf: Leaf, scores: Score, axis: int, kept: Array) -> Array:
         return lax.reshape(x, shape, out_sharding=sharding) if x.shape == moved.shape else x
 
     def over(x: Array) -> Array:
-        return jnp.broadcast_to(x[..., None, None], shape)
+        return lax.broadcast_in_dim(x, shape, range(x.ndim), out_sharding=sharding)
 
     def total(hits: list[Array]) -> Array:
         return jnp.sum(jnp.stack(count_hits(hits, (len(shape) - 1,)), axis=-1), axis=-2)
@@ -97,7 +97,7 @@ def _search_slices(leaf: Leaf, scores: Score, axis: int, kept: Array) -> Array:
             if tie is None:
                 counts = total([keys < over(pivot.astype(keys.dtype)) for pivot in row])
             else:
-                index = _position(shape, zero)
+                index = _position(shape, zero, sharding)
                 counts = total([(keys == over(tie)) & (index < over(pivot)) for pivot in row])
             return narrow(None, target, bracket, counts)
 
@@ -119,16 +119,22 @@ def _search_slices(leaf: Leaf, scores: Score, axis: int, kept: Array) -> Array:
     last = jnp.full_like(target, n - 1)
     end = cut(search(share, start(None, share, last, ties), threshold), share)
 
+    # Said for each array: with sharding in types, what is broadcast without it is stored whole on every device.
+    whole = PartitionSpec(*leaf.spec) if leaf.spec else None
+    others = [a for a in range(len(leaf.shape)) if a != axis]
     threshold, end = (
-        jnp.broadcast_to(jnp.expand_dims(x, axis), leaf.shape) for x in (threshold, end)
+        lax.broadcast_in_dim(x, leaf.shape, others, out_sharding=whole) for x in (threshold, end)
     )
-    here = lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+    here = lax.broadcasted_iota(jnp.uint32, leaf.shape, axis, out_sharding=whole)
     return (keys < threshold) | ((keys == threshold) & (here < end))
 
 
-def _position(shape: tuple[int, ...], zero: Array) -> Array:
+def _position(shape: tuple[int, ...], zero: Array, sharding: PartitionSpec | None) -> Array:
     """The flat index within the last two axes."""
-    outer, inner = (lax.broadcasted_iota(jnp.uint32, shape, len(shape) - a) for a in (2, 1))
+    outer, inner = (
+        lax.broadcasted_iota(jnp.uint32, shape, len(shape) - a, out_sharding=sharding)
+        for a in (2, 1)
+    )
     return outer * np.uint32(shape[-1]) + inner + zero
 
 
@@ -138,5 +144,8 @@ def _split_minor(leaf: Leaf) -> tuple[tuple[int, ...], tuple]:
     Where the type does not tell how the minor axis is divided, a power of two up to 16 is assumed, as for `Leaf.grid`.
     """
     *lead, n = leaf.shape
-    outer = 1 if leaf.local else leaf.shards[-1] * math.gcd(n // leaf.shards[-1], 16)
+    if leaf.local or leaf.spec:
+        outer = leaf.shards[-1]
+    else:
+        outer = math.gcd(n, 16)
     return (*lead, outer, n // outer), (*leaf.spec, None) if leaf.spec else ()
