@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
 
-from prunax import trees
+from prunax import programs, trees
 
 __all__ = ["Equation", "Product", "Program", "View", "trace"]
 
@@ -86,7 +86,7 @@ class Bound:
             eqns=[self.eqn],
             effects=self.eqn.effects,
         )
-        return jaxpr_as_fun(ClosedJaxpr(jaxpr, ()))(*operands)
+        return jaxpr_as_fun(programs.ClosedJaxpr(jaxpr, ()))(*operands)
 
 
 class Equation(NamedTuple):
@@ -229,7 +229,7 @@ def trace(
         own, others = treedef.unflatten(whole)
         return [x for x in jax.tree.leaves(fn(own, *others)) if trees.is_array(x)]
 
-    shapes = [jax.ShapeDtypeStruct(leaves[i].shape, leaves[i].dtype) for i in arrays]
+    shapes = [programs.abstract(leaves[i]) for i in arrays]
     closed = jax.make_jaxpr(on_arrays)(shapes)
     count = len(jax.tree.leaves(params))
     flat = _Flattener(selection)
@@ -327,15 +327,14 @@ class _Flattener:
         self.equations.append(Equation(operation, ids, tuple(outputs.values())))
         return [outputs.get(v, -1) for v in eqn.outvars]
 
-    def inline_closed(self, body: ClosedJaxpr | Jaxpr, inputs: Sequence[int]) -> list[int]:
-        if isinstance(body, Jaxpr):
-            return self.inline(body, inputs, ())
-        return self.inline(body.jaxpr, inputs, [self.constant(c) for c in body.consts])
+    def inline_closed(self, body: programs.ClosedJaxpr | Jaxpr, inputs: Sequence[int]) -> list[int]:
+        closed = [self.constant(c) for c in programs.constants(body)]
+        return self.inline(programs.opened(body), inputs, closed)
 
     def unroll(self, eqn: JaxprEqn, inputs: list[int]) -> list[int]:
         """Add the body of a scan once for each turn, each with its slice of the stacked weights."""
         constants, carries = scan_arity(eqn)
-        body: ClosedJaxpr = eqn.params["jaxpr"]
+        body: programs.ClosedJaxpr = eqn.params["jaxpr"]
         length = eqn.params["length"]
         carry = inputs[constants : constants + carries]
         stacked = inputs[constants + carries :]
@@ -497,14 +496,14 @@ def _equation_key(eqn: JaxprEqn, numbers: dict[Any, int]) -> Any:
 
 
 def _key(item: Any) -> Any:
-    if isinstance(item, ClosedJaxpr):
-        return "closed", _key(item.jaxpr), tuple(_Identity(c) for c in item.consts)
-    if isinstance(item, Jaxpr):
+    if programs.is_program(item):
+        closed = tuple(_Identity(c) for c in programs.constants(item))
+        item = programs.opened(item)
         numbers: dict[Any, int] = {}
         inputs = [numbers.setdefault(v, len(numbers)) for v in (*item.constvars, *item.invars)]
         body = tuple(_equation_key(eqn, numbers) for eqn in item.eqns)
         outputs = tuple(_key(v) if isinstance(v, Literal) else numbers[v] for v in item.outvars)
-        return "jaxpr", len(inputs), body, outputs
+        return "jaxpr", len(inputs), closed, body, outputs
     if isinstance(item, Literal):
         value = np.asarray(item.val)
         return "literal", value.dtype, value.shape, value.tobytes()

@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "prunax"
 LAYERS = [
-    {"trees", "tables"},
+    {"trees", "tables", "programs"},
     {"counts", "scores", "patterns", "penalties", "selection", "schedules", "packing", "jaxprs"},
     {"allocation"},
     {"masks", "report", "guard"},

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import Jaxpr
 
-from prunax import trees
+from prunax import programs, trees
 
 __all__ = ["count_flops", "count_parameters", "latency"]
 
@@ -44,7 +44,7 @@ def count_flops(fn: Callable[..., Any], params: PyTree, *args: Any) -> float:
         params, args = treedef.unflatten(whole)
         return fn(params, *args)
 
-    shapes = [jax.ShapeDtypeStruct(leaves[i].shape, leaves[i].dtype) for i in arrays]
+    shapes = [programs.abstract(leaves[i]) for i in arrays]
     return float(_count(jax.make_jaxpr(flat)(*shapes).jaxpr))
 
 
@@ -62,8 +62,8 @@ def _count(jaxpr: Jaxpr) -> int:
         elif name == "cond":
             total += max(_count(branch.jaxpr) for branch in p["branches"])
         else:
-            inner = [x for x in p.values() if isinstance(x, ClosedJaxpr | Jaxpr)]
-            counts = [_count(x.jaxpr if isinstance(x, ClosedJaxpr) else x) for x in inner]
+            inner = [x for x in p.values() if programs.is_program(x)]
+            counts = [_count(programs.opened(x)) for x in inner]
             total += sum(counts) * (p["length"] if name == "scan" else 1)
     return total
 

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, gensym, jaxpr_as_fun
+from jax.extend.core import JaxprEqn, Literal, gensym, jaxpr_as_fun
 
+from prunax import programs
 from prunax.jaxprs import scan_arity
 from prunax.structured import axes
 from prunax.structured.axes import Axis, Incompatible
@@ -117,8 +118,8 @@ def keep_of_axes(kept: Iterable[tuple[Axis, np.ndarray | None]]) -> dict[Axis, n
 
 def _bind_as_is(eqn: JaxprEqn, args: Sequence[Any]) -> Sequence[Any]:
     """Evaluate an equation at full size, whatever it is."""
-    programs = [p for p in jax.tree.leaves(list(eqn.params.values())) if _is_program(p)]
-    if not programs:
+    inner = [p for p in jax.tree.leaves(list(eqn.params.values())) if programs.is_program(p)]
+    if not inner:
         out = eqn.primitive.bind(*args, **eqn.params)
         return out if eqn.primitive.multiple_results else [out]
     # What has programs inside is bound by JAX itself, as the one equation of a program.
@@ -126,19 +127,14 @@ def _bind_as_is(eqn: JaxprEqn, args: Sequence[Any]) -> Sequence[Any]:
     values = {var: x for var, x in given if not isinstance(var, Literal)}
     new = gensym()  # a result that is not used has no name: give it one
     outvars = [new(var.aval) for var in eqn.outvars]
-    template = getattr(programs[0], "jaxpr", programs[0])
-    program = template.replace(
+    program = programs.opened(inner[0]).replace(
         constvars=[],
         invars=list(values),
         outvars=outvars,
         eqns=[eqn.replace(outvars=outvars)],
         effects=eqn.effects,
     )
-    return jaxpr_as_fun(ClosedJaxpr(program, ()))(*values.values())
-
-
-def _is_program(param: Any) -> bool:
-    return isinstance(param, ClosedJaxpr | Jaxpr)
+    return jaxpr_as_fun(programs.ClosedJaxpr(program, ()))(*values.values())
 
 
 # Inner programs.

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from prunax import trees
+from prunax import programs, trees
 from prunax.structured import axes, zeros
 from prunax.structured.axes import Axis, Frozen, Position
 from prunax.structured.rules import RULES
@@ -209,7 +209,7 @@ def analyse(fn: Callable[..., Any], params: PyTree, *args: Any) -> Analysis:
         params, args = treedef.unflatten(whole)
         return fn(params, *args)
 
-    shapes = [jax.ShapeDtypeStruct(leaves[i].shape, leaves[i].dtype) for i in arrays]
+    shapes = [programs.abstract(leaves[i]) for i in arrays]
     jaxpr, out = jax.make_jaxpr(flat, return_shape=True)(*shapes)
 
     paths = trees.paths(params)

@@ -10,8 +10,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jax.extend.core import ClosedJaxpr, JaxprEqn
+from jax.extend.core import JaxprEqn
 
+from prunax import programs
 from prunax.jaxprs import scan_arity
 from prunax.structured import axes
 from prunax.structured.axes import Axis, Incompatible
@@ -57,11 +58,11 @@ def _rule(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
-def inner_jaxpr(eqn: JaxprEqn) -> ClosedJaxpr:
+def inner_jaxpr(eqn: JaxprEqn) -> programs.ClosedJaxpr:
     """The program that a call-like primitive calls."""
     names = (name for name in ("jaxpr", "call_jaxpr", "fun_jaxpr") if name in eqn.params)
     jaxpr = eqn.params[next(names)]
-    return jaxpr if isinstance(jaxpr, ClosedJaxpr) else ClosedJaxpr(jaxpr, ())
+    return jaxpr if isinstance(jaxpr, programs.ClosedJaxpr) else programs.ClosedJaxpr(jaxpr, ())
 
 
 def _combine(walk: Walk, values: Sequence[Value]) -> Views:

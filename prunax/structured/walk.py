@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal
+from jax.extend.core import JaxprEqn, Literal
 from jax.extend.source_info_util import summarize
 
+from prunax import programs
 from prunax.structured import axes
 from prunax.structured.axes import Axis, Frozen
 
@@ -78,7 +79,7 @@ class Trace(NamedTuple):
         steps: Its equations, walked.
     """
 
-    jaxpr: ClosedJaxpr
+    jaxpr: programs.ClosedJaxpr
     consts: tuple[tuple[Axis, ...], ...]
     ins: tuple[tuple[Axis, ...], ...]
     outs: tuple[Value, ...]
@@ -135,7 +136,7 @@ class Walk:
             for origin in view.origins:
                 self.roles.setdefault(origin, set()).add(role)
 
-    def call(self, jaxpr: ClosedJaxpr, ins: Sequence[Value]) -> Trace:
+    def call(self, jaxpr: programs.ClosedJaxpr, ins: Sequence[Value]) -> Trace:
         """Walk an inner jaxpr, with the inputs' axes for its own."""
         outer = self.eqn, self.inner
         assert self.eqn is not None
@@ -158,7 +159,7 @@ def source_line(eqn: JaxprEqn) -> str:
     return "" if known.startswith("<unknown>") else known
 
 
-def walk(state: Walk, jaxpr: ClosedJaxpr, ins: Sequence[Value]) -> Trace:
+def walk(state: Walk, jaxpr: programs.ClosedJaxpr, ins: Sequence[Value]) -> Trace:
     """Give every value of a jaxpr its axes.
 
     Args:

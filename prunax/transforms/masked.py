@@ -127,7 +127,7 @@ def train_masked(
             return [pack(m) for m in new], grown, has_nan.astype(jnp.int32)
 
         def renew(old: Arrays, grads: Arrays, inner_state: Any) -> tuple[Arrays, Arrays, Any, Any]:
-            none = [jnp.zeros(leaf.shape, jnp.bool_) for leaf in leaves]
+            none = [jnp.zeros_like(leaf, dtype=jnp.bool_) for leaf in leaves]
             # A loop of one turn: the new masks take the old ones' place in it. Without it both are alive at the end
             # of this branch, and XLA copies masks in every step, those without an update included.
             _, new, grown, skipped = jax.lax.while_loop(
