@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -402,3 +403,30 @@ def test_every_transformation_keeps_optax_contracts(make):
         np.testing.assert_allclose(a, b, atol=1e-6)
     with pytest.raises(ValueError, match="params"):
         tx.update(grads, state)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_steps_without_an_update_copy_no_mask(packed):
+    # Read off the compiled loop: neither its body nor the branch of the other steps copies an array of their shape.
+    tx = prunax.prune(optax.adam(1e-2), schedules.polynomial(0.9, 2, 8, every=3), packed=packed)
+    params = {"kernel": jax.random.normal(jax.random.key(0), (256, 192))}
+
+    @jax.jit
+    def train(params, state):
+        def step(_, carry):
+            params, state = carry
+            updates, state = tx.update(params, state, params)
+            return optax.apply_updates(params, updates), state
+
+        return jax.lax.fori_loop(0, 10, step, (params, state))
+
+    text = train.lower(params, tx.init(params)).compile().as_text()
+    parts = re.split(r"\n\}\n", text)  # one computation each
+    (body,) = [part for part in parts if " conditional(" in part]
+    (branches,) = re.findall(r"branch_computations=\{(.*?)\}", body)
+    keep = branches.split(",")[0].strip()  # of the predicate False
+    (kept,) = [part for part in parts if re.search(rf"^{keep} ", part, re.MULTILINE)]
+    shape = "u8[32,192]" if packed else "pred[256,192]"
+    assert shape in body
+    copies = [line for line in (body + kept).splitlines() if re.search(r"\bcopy\(", line)]
+    assert not [line for line in copies if f"= {shape}" in line]
