@@ -6,6 +6,7 @@ A `ClosedJaxpr` holds a `Jaxpr` and its constants. In later releases (0.12) one 
 from typing import Any, TypeGuard
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import (
     ClosedJaxpr,  # pyright: ignore[reportPrivateImportUsage]
     Jaxpr,
@@ -21,7 +22,10 @@ def is_program(item: Any) -> TypeGuard[ClosedJaxpr | Jaxpr]:
 
 def abstract(array: Any) -> jax.ShapeDtypeStruct:
     """What an array is to a trace: an int64 one of numpy counts as int32 where 64 bits are off."""
-    return jax.ShapeDtypeStruct(array.shape, jax.dtypes.canonicalize_dtype(array.dtype))
+    dtype = array.dtype
+    if not jnp.issubdtype(dtype, jax.dtypes.extended):  # keys of random numbers are
+        dtype = jax.dtypes.canonicalize_dtype(dtype)
+    return jax.ShapeDtypeStruct(array.shape, dtype)
 
 
 def opened(program: ClosedJaxpr | Jaxpr) -> Jaxpr:
