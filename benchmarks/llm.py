@@ -10,7 +10,7 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -299,6 +299,14 @@ def tables(dense: dict[str, float], results: Sequence[Result]) -> list[harness.T
         for text, value in dense.items()
     ]
     return [*made, table("Seconds, peak memory, speed of the machine", _cost)]
+
+
+def named_tables(content: Mapping[str, Any]) -> dict[str, harness.Table]:
+    """The tables of a results file, by the names that `render.py` knows them by."""
+    made = tables(content["dense"], [Result(**result) for result in content["results"]])
+    return {
+        f"llm/{name}": table for name, table in zip([*content["dense"], "cost"], made, strict=True)
+    }
 
 
 def _cost(result: Result) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from benchmarks import (
     budgets,
+    llm,
     methods,
     overhead,
     packed,
@@ -38,6 +39,7 @@ SOURCES = {
     "sharded": sharded.tables,
     "structured": structured.tables,
     "packed": packed.tables,
+    "llm": llm.named_tables,
 }
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end table -->)", re.DOTALL)
 
