@@ -240,8 +240,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 console.print(note)
             # After each, so that a run that is broken off has not run for nothing.
             write(args.out, settings, dense, results)
-    write(args.out, settings, dense, results)
-    for table in tables(dense, results):
+    content = write(args.out, settings, dense, results)
+    for table in tables(content).values():
         Console().print(table)
     return 0
 
@@ -258,8 +258,11 @@ def earlier(path: Path, settings: dict[str, Any]) -> tuple[dict[str, float], lis
 
 def write(
     folder: Path, settings: dict[str, Any], dense: dict[str, float], results: Sequence[Result]
-) -> None:
-    """Writes every figure with the settings and the machine behind it, tables of them, and a picture."""
+) -> dict[str, Any]:
+    """Writes every figure with the settings and the machine behind it, tables of them, and a picture.
+
+    Returns what the JSON file holds.
+    """
     order = list(METHODS)
     # Fractions before n of m.
     results = sorted(results, key=lambda r: (":" in r.target, r.target, order.index(r.method)))
@@ -277,15 +280,17 @@ def write(
         f"speed of a matrix product next to them (GFLOP/s, before and after) is low. Memory is the peak above what was "
         f"used with the model loaded.",
     ]
-    for table in tables(dense, results):
+    for table in tables(content).values():
         lines += ["", f"## {table.title}", "", table.markdown()]
     (folder / "llm.md").write_text("\n".join(lines) + "\n")
     if results:
         plot(dense, results, folder / "llm.png")
+    return content
 
 
-def tables(dense: dict[str, float], results: Sequence[Result]) -> list[harness.Table]:
-    """Perplexity by method and target for each text, and what each run cost."""
+def tables(content: Mapping[str, Any]) -> dict[str, harness.Table]:
+    """Perplexity by method and target for each text, and what each run cost, by the names that `render.py` knows."""
+    results = [Result(**result) for result in content["results"]]
     targets = list(dict.fromkeys(r.target for r in results))
     methods = list(dict.fromkeys(r.method for r in results))
     by = {(r.method, r.target): r for r in results}
@@ -294,19 +299,13 @@ def tables(dense: dict[str, float], results: Sequence[Result]) -> list[harness.T
         rows = [[m, *(show(by[m, t]) if (m, t) in by else "" for t in targets)] for m in methods]
         return harness.Table(title, ["method", *targets], rows)
 
-    made = [
-        table(f"Perplexity, {text} (dense {value:.2f})", lambda r, t=text: f"{r.perplexity[t]:.2f}")
-        for text, value in dense.items()
-    ]
-    return [*made, table("Seconds, peak memory, speed of the machine", _cost)]
-
-
-def named_tables(content: Mapping[str, Any]) -> dict[str, harness.Table]:
-    """The tables of a results file, by the names that `render.py` knows them by."""
-    made = tables(content["dense"], [Result(**result) for result in content["results"]])
-    return {
-        f"llm/{name}": table for name, table in zip([*content["dense"], "cost"], made, strict=True)
+    made = {
+        f"llm/{text}": table(
+            f"Perplexity, {text} (dense {value:.2f})", lambda r, t=text: f"{r.perplexity[t]:.2f}"
+        )
+        for text, value in content["dense"].items()
     }
+    return made | {"llm/cost": table("Seconds, peak memory, speed of the machine", _cost)}
 
 
 def _cost(result: Result) -> str:

@@ -39,7 +39,7 @@ SOURCES = {
     "sharded": sharded.tables,
     "structured": structured.tables,
     "packed": packed.tables,
-    "llm": llm.named_tables,
+    "llm": llm.tables,
 }
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end table -->)", re.DOTALL)
 

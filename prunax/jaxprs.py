@@ -219,18 +219,11 @@ def trace(
             f"trace: `where` selects no leaf. The leaves are: {', '.join(trees.paths(params)) or 'none'}. "
             f"Pass where=lambda path, leaf: ... that is true for the ones to prune."
         )
-    leaves, treedef = jax.tree.flatten((params, args))
-    arrays = [i for i, leaf in enumerate(leaves) if trees.is_array(leaf)]
 
-    def on_arrays(values: list[Any]) -> list[Any]:
-        whole = list(leaves)
-        for i, value in zip(arrays, values, strict=True):
-            whole[i] = value
-        own, others = treedef.unflatten(whole)
-        return [x for x in jax.tree.leaves(fn(own, *others)) if trees.is_array(x)]
+    def on_arrays(params: PyTree, *args: Any) -> list[Any]:
+        return [x for x in jax.tree.leaves(fn(params, *args)) if trees.is_array(x)]
 
-    shapes = [programs.abstract(leaves[i]) for i in arrays]
-    closed = jax.make_jaxpr(on_arrays)(shapes)
+    closed, _, arrays, _ = programs.traced(on_arrays, params, args)
     count = len(jax.tree.leaves(params))
     flat = _Flattener(selection)
     inputs = [flat.value(v) for v in closed.jaxpr.invars]

@@ -10,9 +10,9 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "prunax"
 LAYERS = [
-    {"trees", "tables", "programs"},
-    {"counts", "scores", "patterns", "penalties", "selection", "schedules", "packing", "jaxprs"},
-    {"allocation"},
+    {"trees", "tables"},
+    {"counts", "scores", "patterns", "penalties", "selection", "schedules", "packing", "programs"},
+    {"allocation", "jaxprs"},
     {"masks", "report", "guard"},
     {"transforms"},
     {"initialization", "lottery", "calibration", "structured", "export", "plots"},

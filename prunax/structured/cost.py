@@ -34,18 +34,7 @@ def count_flops(fn: Callable[..., Any], params: PyTree, *args: Any) -> float:
         >>> prunax.structured.count_flops(lambda w, x: x @ w, jnp.ones((4, 3)), jnp.ones((2, 4)))
         48.0
     """
-    leaves, treedef = jax.tree.flatten((params, args))
-    arrays = [i for i, leaf in enumerate(leaves) if trees.is_array(leaf)]
-
-    def flat(*values: Any) -> Any:
-        whole = list(leaves)
-        for i, value in zip(arrays, values, strict=True):
-            whole[i] = value
-        params, args = treedef.unflatten(whole)
-        return fn(params, *args)
-
-    shapes = [programs.abstract(leaves[i]) for i in arrays]
-    return float(_count(jax.make_jaxpr(flat)(*shapes).jaxpr))
+    return float(_count(programs.opened(programs.traced(fn, params, args).jaxpr)))
 
 
 def _count(jaxpr: Jaxpr) -> int:

@@ -199,19 +199,7 @@ def explain(groups: Sequence[AxisGroup]) -> Explanation:
 
 def analyse(fn: Callable[..., Any], params: PyTree, *args: Any) -> Analysis:
     """Trace a function and walk its jaxpr, its inputs frozen and its outputs not yet."""
-    leaves, treedef = jax.tree.flatten((params, args))
-    arrays = [i for i, leaf in enumerate(leaves) if trees.is_array(leaf)]
-
-    def flat(*values: Any) -> Any:
-        whole = list(leaves)
-        for i, value in zip(arrays, values, strict=True):
-            whole[i] = value
-        params, args = treedef.unflatten(whole)
-        return fn(params, *args)
-
-    shapes = [programs.abstract(leaves[i]) for i in arrays]
-    jaxpr, out = jax.make_jaxpr(flat, return_shape=True)(*shapes)
-
+    jaxpr, out, arrays, shapes = programs.traced(fn, params, args)
     paths = trees.paths(params)
     known = tuple(
         Leaf(paths[i], tuple(s.shape), s.dtype)
