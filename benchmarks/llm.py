@@ -78,31 +78,36 @@ def _magnitude_mask(path: str, leaf: jax.Array, target: Target) -> jax.Array:
     return mask.reshape(leaf.shape)
 
 
-def wanda(params: Any, batches: Any, target: Target, **options: Any) -> calibration.Pruned:
+def wanda(
+    params: Any, batches: Any, target: Target, *, donate: bool = True, **options: Any
+) -> calibration.Pruned:
     pattern = target.options(patterns.ConstantFanIn())
-    return calibration.wanda(smollm.apply, params, batches, **pattern, **options)
+    return calibration.wanda(smollm.apply, params, batches, **pattern, donate=donate, **options)
 
 
-def sparsegpt(params: Any, batches: Any, target: Target, **options: Any) -> calibration.Pruned:
+def sparsegpt(
+    params: Any, batches: Any, target: Target, *, donate: bool = True, **options: Any
+) -> calibration.Pruned:
     pattern = target.options(patterns.Unstructured())
-    return calibration.sparsegpt(smollm.apply, params, batches, **pattern, **options)
+    return calibration.sparsegpt(smollm.apply, params, batches, **pattern, donate=donate, **options)
 
 
 def wanda_refitted(params: Any, batches: Any, target: Target, **options: Any) -> calibration.Pruned:
-    _, masks = wanda(params, batches, target, **options)
-    refitted = calibration.reconstruct(smollm.apply, params, masks, batches, **options)
+    _, masks = wanda(params, batches, target, donate=False, **options)
+    refitted = calibration.reconstruct(smollm.apply, params, masks, batches, donate=True, **options)
     return calibration.Pruned(refitted, masks)
 
 
 def sparsegpt_corrected(
     params: Any, batches: Any, target: Target, **options: Any
 ) -> calibration.Pruned:
-    return sparsegpt(params, batches, target, correction=0.5, **options)
+    # The correction needs the dense model to the end.
+    return sparsegpt(params, batches, target, correction=0.5, donate=False, **options)
 
 
 def admm(params: Any, batches: Any, target: Target, **options: Any) -> calibration.Pruned:
     pattern = target.options(patterns.Unstructured())
-    return calibration.admm(smollm.apply, params, batches, **pattern, **options)
+    return calibration.admm(smollm.apply, params, batches, **pattern, donate=True, **options)
 
 
 METHODS = {
@@ -165,6 +170,7 @@ def measure(
 ) -> Result:
     """Prunes by one method and evaluates."""
     before = speed()
+    params = jax.block_until_ready(jax.tree.map(jnp.copy, params))  # for the method to use up
     start = time.perf_counter()
     with peak_memory() as peak:
         pruned = jax.block_until_ready(METHODS[method](params, batches, target, **options))

@@ -124,20 +124,23 @@ def cases(
         return prunax.straight_through(params, masks(params))
 
     def beside(run: Callable[..., Run], sparsity: Any) -> Callable[[], dict[str, Run]]:
-        """Dense, and pruned with bool and with packed masks."""
+        """Dense; pruned with bool and with packed masks; with bool masks of which Adam's moments are not told."""
         return lambda: {
             "dense": run(adam),
             "bool": run(prunax.prune(adam, sparsity)),
             "packed": run(prunax.prune(adam, sparsity, packed=True)),
+            "bool, updates alone": run(prunax.prune(adam, sparsity, mask_gradients=False)),
         }
 
     step = functools.partial(Run, sizes=wide, steps=10)
+    small_step = functools.partial(Run, sizes=lenet, steps=200)
     whole = functools.partial(Run, sizes=wide, steps=200, restart=True)
     small = functools.partial(Run, sizes=lenet, steps=2000, restart=True)
     short = prunax.schedules.polynomial(0.9, 100, 200, every=100)
     return {
         "a step without mask update, 4 x 1024 x 1024": (10, beside(step, 0.9)),
         "gradual, masks every 100 steps, 4 x 1024 x 1024": (200, beside(whole, short)),
+        "a step without mask update, LeNet-300-100": (200, beside(small_step, 0.9)),
         "gradual, masks every 100 steps, LeNet-300-100": (2000, beside(small, gradual)),
         "straight-through, masks every step, LeNet-300-100": (
             2000,
@@ -171,9 +174,7 @@ def main() -> None:
     args = parser.parse_args()
     console = Console()
     chosen = {n: c for n, c in cases(optax.adam(1e-3)).items() if (args.only or "") in n}
-    repeats = {
-        n: 5 if args.quick else (60 if steps == 10 else 7) for n, (steps, _) in chosen.items()
-    }
+    repeats = {n: 5 if args.quick else (60 if n.startswith("a step") else 7) for n in chosen}
     results: dict[str, Any] = {}
     with harness.progress(console) as progress:
         task = progress.add_task("overhead", total=sum(repeats.values()), note="")

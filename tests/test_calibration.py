@@ -346,6 +346,53 @@ def test_scores_of_statistics_choose_the_weights_that_wanda_keeps():
         prunax.scores.wanda(params, grams)
 
 
+def refitted(fn, params, batches, sparsity, **options):
+    masks = prunax.compute_masks(params, sparsity)
+    return calibration.reconstruct(fn, params, masks, batches, **options)
+
+
+@pytest.mark.parametrize(
+    "method", [calibration.wanda, calibration.sparsegpt, calibration.admm, refitted]
+)
+def test_donated_params_are_pruned_in_their_own_memory(method):
+    given, kept = mlp_params(), mlp_params()
+    place = given["b"]["kernel"].unsafe_buffer_pointer()
+    pruned = method(mlp, given, BATCHES, 0.5, donate=True)
+    expected = method(mlp, kept, BATCHES, 0.5)
+    jax.tree.map(np.testing.assert_array_equal, pruned, expected)
+    params = pruned if method is refitted else pruned.params
+    assert params["b"]["kernel"].unsafe_buffer_pointer() == place
+    assert given["a"]["kernel"].is_deleted() and given["b"]["kernel"].is_deleted()
+    # What is not pruned stays the caller's, and so does a model that is not given away.
+    assert params["a"]["bias"] is given["a"]["bias"]
+    jax.tree.map(np.testing.assert_array_equal, kept, mlp_params())
+
+
+def test_what_cannot_be_given_away_is_copied():
+    square = normal(0, 16, 16)
+    params = {"a": {"kernel": square}, "b": {"kernel": square}}  # one array, two leaves
+
+    def fn(p, x):
+        return jnp.tanh(x @ p["a"]["kernel"]) @ p["b"]["kernel"]
+
+    expected = calibration.wanda(fn, params, BATCHES, 0.5)
+    host = jax.tree.map(np.array, params)
+    pruned = calibration.wanda(fn, host, BATCHES, 0.5, donate=True)
+    jax.tree.map(np.testing.assert_array_equal, pruned, expected)
+    np.testing.assert_array_equal(host["a"]["kernel"], square)
+    pruned = calibration.wanda(fn, params, BATCHES, 0.5, donate=True)
+    jax.tree.map(np.testing.assert_array_equal, pruned, expected)
+
+
+def test_dense_weights_that_are_needed_to_the_end_are_not_given_away():
+    params = mlp_params()
+    with pytest.raises(ValueError, match="wanda: donate=True .* sequential=False needs them"):
+        calibration.wanda(mlp, params, BATCHES, 0.5, sequential=False, donate=True)
+    with pytest.raises(ValueError, match="sparsegpt: donate=True .* a correction needs them"):
+        calibration.sparsegpt(mlp, params, BATCHES, 0.5, correction=0.5, donate=True)
+    assert not params["a"]["kernel"].is_deleted()
+
+
 METHODS = {
     "wanda": calibration.wanda,
     "sparsegpt": calibration.sparsegpt,

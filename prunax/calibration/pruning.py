@@ -43,6 +43,7 @@ def wanda(
     allocation: Any = allocations.uniform,
     where: trees.Where = trees.is_kernel,
     sequential: bool = True,
+    donate: bool = False,
     progress: bool = False,
 ) -> Pruned:
     r"""Prune by weight magnitude times input norm, :math:`|w_{ij}| \|x_i\|_2`. Kept weights stay as they are.
@@ -61,6 +62,8 @@ def wanda(
             `allocation.by_path`, or what `outlier_allocation` gives.
         where: ``where(path, leaf) -> bool`` chooses the leaves. Leaves that are only looked up in stay whole.
         sequential: Score each layer on the inputs that it gets from the pruned layers before it, rather than the dense.
+        donate: Prune in place: what is pruned takes the memory of `params`, whose arrays cannot be used afterwards,
+            nor if an error stops it half-way. Only where it is sequential.
         progress: Show a progress bar.
 
     Returns:
@@ -91,7 +94,9 @@ def wanda(
         )
 
     each = _each(solve)
-    return planner.run(fn, batches, stages.squares, each, sequential=sequential, progress=progress)
+    return planner.run(
+        fn, batches, stages.squares, each, sequential=sequential, donate=donate, progress=progress
+    )
 
 
 def sparsegpt(
@@ -107,6 +112,7 @@ def sparsegpt(
     allocation: Any = allocations.uniform,
     where: trees.Where = trees.is_kernel,
     sequential: bool = True,
+    donate: bool = False,
     progress: bool = False,
 ) -> Pruned:
     """Prune input by input, correcting the weights of later inputs for what earlier ones lose.
@@ -126,6 +132,7 @@ def sparsegpt(
         allocation: As for `wanda`.
         where: As for `wanda`.
         sequential: As for `wanda`.
+        donate: As for `wanda`; not with a correction.
         progress: As for `wanda`.
 
     Returns:
@@ -170,7 +177,7 @@ def sparsegpt(
             results.append(_obs(weights, factor, budget, pattern=own, block_size=block_size))
         return results
 
-    return planner.run(fn, batches, statistic, solve, progress=progress, **options)
+    return planner.run(fn, batches, statistic, solve, donate=donate, progress=progress, **options)
 
 
 def admm(
@@ -186,6 +193,7 @@ def admm(
     allocation: Any = allocations.uniform,
     where: trees.Where = trees.is_kernel,
     sequential: bool = True,
+    donate: bool = False,
     progress: bool = False,
 ) -> Pruned:
     """Choose the masks and the kept weights of each layer together. Slower than `sparsegpt`, and better.
@@ -202,6 +210,7 @@ def admm(
         allocation: As for `wanda`.
         where: As for `wanda`.
         sequential: As for `wanda`.
+        donate: As for `wanda`; not with a correction.
         progress: As for `wanda`.
 
     Returns:
@@ -234,7 +243,9 @@ def admm(
         each = solver.budgets(own, k, problem.shape, problem.shape[1])[:, 0]
         return _admm(weights, grams, each, damping, pattern=own, iterations=iterations)
 
-    return planner.run(fn, batches, statistic, _each(solve), progress=progress, **options)
+    return planner.run(
+        fn, batches, statistic, _each(solve), donate=donate, progress=progress, **options
+    )
 
 
 def reconstruct(
@@ -247,6 +258,7 @@ def reconstruct(
     correction: float = 0.0,
     iterations: int = 32,
     sequential: bool = True,
+    donate: bool = False,
     progress: bool = False,
 ) -> PyTree:
     """Refit the kept weights of each layer, for any masks, to the outputs of the dense layer.
@@ -260,6 +272,7 @@ def reconstruct(
         correction: As for `sparsegpt`.
         iterations: Steps of conjugate gradients.
         sequential: Fit each layer on the inputs that it gets from the refitted layers before it.
+        donate: As for `wanda`; not with a correction.
         progress: Show a progress bar.
 
     Returns:
@@ -309,6 +322,7 @@ def reconstruct(
         statistic,
         _each(solve),
         where=where,
+        donate=donate,
         progress=progress,
         **options,
     )

@@ -84,6 +84,7 @@ def walk(
     where: trees.Where,
     sequential: bool = True,
     beside_dense: bool = False,
+    donate: bool = False,
     progress: bool = False,
 ) -> PyTree:
     """Go through a function's products in the order of their dependence and solve each problem.
@@ -98,6 +99,7 @@ def walk(
         where: Chooses the leaves.
         sequential: Compute what follows a problem with its new matrices rather than the old ones.
         beside_dense: Compute everything with the old ones besides, and hand the statistic both inputs.
+        donate: Write new matrices into the leaves that were given, which are then gone.
         progress: Show a progress bar.
 
     Returns:
@@ -106,6 +108,11 @@ def walk(
     batches = [jax.tree.map(_as_array, batch) for batch in batches]
     if not batches:
         raise ValueError(f"{function}: needs at least one batch of calibration data, got none.")
+    if donate and (beside_dense or not sequential):
+        raise ValueError(
+            f"{function}: donate=True gives up each dense weight once it is pruned, but "
+            f"{'a correction' if beside_dense else 'sequential=False'} needs them to the end. Leave donate out."
+        )
     planner = _Plans(function, fn, params, where)
     leaves = [x for x in jax.tree.leaves(params) if trees.is_array(x)]
     models = [leaves, list(leaves)] if beside_dense else [leaves]
@@ -138,8 +145,7 @@ def walk(
             for problem, matrices in zip(ready, results, strict=True):
                 if matrices is not None:
                     n = selected[problem.leaf]
-                    # A copy first: the caller's arrays are not ours to use up.
-                    mine = solved[n] if n in solved else jnp.array(leaves[n], copy=True)
+                    mine = solved[n] if n in solved else _own(leaves, n, donate)
                     solved[n] = problem.write(mine, matrices)
                     if sequential:
                         leaves[n] = solved[n]
@@ -149,6 +155,13 @@ def walk(
     for n, leaf in solved.items():
         whole[arrays[n]] = leaf
     return treedef.unflatten(whole)
+
+
+def _own(leaves: Sequence[Any], n: int, donate: bool) -> jax.Array:
+    """The leaf, for us to use up: a copy, but where the caller gives the array away and no other leaf is the same."""
+    leaf = leaves[n]
+    alone = isinstance(leaf, jax.Array) and sum(other is leaf for other in leaves) == 1
+    return leaf if donate and alone else jnp.array(leaf, copy=True)
 
 
 class _Plans:

@@ -84,7 +84,7 @@ class Leaf(NamedTuple):
         and reducing the outer ones is an all-reduce. (Were the guess wrong, more would travel, with the same result.)
         """
         if self.local and not self.wide:
-            rows = max(d for d in range(1, 65) if self.size % d == 0) if self.size > 2**20 else 1
+            rows = max(d for d in range(1, 65) if self.size % d == 0) if self.size > 2**17 else 1
             return (rows, self.size // rows), (1,)
         outer = [
             n * math.gcd(size // n, 16) for size, n in zip(self.shape, self.shards, strict=True)
