@@ -278,12 +278,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             harness.write_json(file, content)
             progress.advance(task)
 
-    texts = [f"# Budgets decided by the loss\n\nWritten by `{content['command']}`.\n"]
-    for table in tables(content).values():
-        console.print(table)
-        texts.append(f"## {table.title}\n\n{table.markdown()}\n")
-    file.with_suffix(".md").write_text("\n".join(texts))
-    console.print(f"Figures: {file} and .md", soft_wrap=True, highlight=False)
+    head = f"Budgets decided by the loss\n\nWritten by `{content['command']}`."
+    harness.publish(file, head, tables(content).values(), console)
 
 
 def _parser() -> argparse.ArgumentParser:

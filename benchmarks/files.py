@@ -7,7 +7,6 @@ pruned.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -184,7 +183,6 @@ def main() -> None:
             for r in largest
         ],
     )
-    console.print(table, table_large)
     content = {
         "command": "python -m benchmarks.files model.safetensors",
         "environment": harness.environment(),
@@ -193,11 +191,10 @@ def main() -> None:
         "results": results,
         "large": largest,
     }
-    harness.write_json(args.out / "files.json", json.loads(json.dumps(content)))
+    file = args.out / "files.json"
+    harness.write_json(file, content)
     note = f"Python and JAX alone: {baseline / MB:.0f} MB. File and largest tensor together: {bound / MB:.0f} MB."
-    text = [f"# `prunax prune` on a file\n\n{table.title}\n\n{table.markdown()}\n\n{note}\n"]
-    text.append(f"{table_large.title}\n\n{table_large.markdown()}\n")
-    (args.out / "files.md").write_text("\n".join(text))
+    harness.publish(file, f"`prunax prune` on a file\n\n{note}", [table, table_large], console)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,6 +70,16 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes a JSON file, and its folder where needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def publish(file: Path, head: str, tables: Iterable[Table], console: rich.console.Console) -> None:
+    """Prints tables, and writes them as Markdown beside the JSON file that they are made of, under a heading."""
+    texts = [f"# {head}\n"]
+    for table in tables:
+        console.print(table)
+        texts.append(f"## {table.title}\n\n{table.markdown()}\n")
+    file.with_suffix(".md").write_text("\n".join(texts))
+    console.print(f"Figures: {file} and .md", soft_wrap=True, highlight=False)
 
 
 def progress(console: rich.console.Console) -> rich.progress.Progress:

@@ -708,20 +708,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
 
     content = json.loads(results.path.read_text())
-    texts = []
-    for table in tables(content).values():
-        console.print(table)
-        texts.append(f"## {table.title}\n\n{table.markdown()}\n")
     kind = "held-out training" if args.validation else "test"
     head = (
-        f"# Methods on {dataset.name}\n\nWritten by `{content['command']}`: mean ± standard deviation of "
+        f"Methods on {dataset.name}\n\nWritten by `{content['command']}`: mean ± standard deviation of "
         f"{args.seeds} seeds on {len(dataset.test_labels)} {kind} images, "
-        f"{', '.join(f'{NETWORKS[n]} after {b.epochs} epochs' for n, b in budgets.items())}.\n"
+        f"{', '.join(f'{NETWORKS[n]} after {b.epochs} epochs' for n, b in budgets.items())}."
     )
-    results.path.with_suffix(".md").write_text("\n".join([head, *texts]))
+    harness.publish(results.path, head, tables(content).values(), console)
     figures.save_methods(results.path.with_suffix(".png"), content, method_recipes.FAMILIES)
     console.print(f"{time.perf_counter() - begin:.0f} s in all, compilation included.")
-    console.print(f"Figures: {results.path}, .md and .png", soft_wrap=True, highlight=False)
 
 
 def budget_for(

@@ -194,12 +194,9 @@ def main() -> None:
         "environment": harness.environment(),
         "results": results,
     }
-    (table,) = tables(content).values()
-    console.print(table)
     file = args.out / "overhead.json"
     harness.write_json(file, content)
-    file.with_suffix(".md").write_text(f"# {table.title}\n\n{table.markdown()}\n")
-    console.print(f"Figures: {file} and .md", soft_wrap=True, highlight=False)
+    harness.publish(file, "What pruning adds to training", tables(content).values(), console)
 
 
 if __name__ == "__main__":

@@ -175,16 +175,13 @@ def main() -> None:
             results.sort(key=lambda r: (r["pattern"], [*r["shape"]], r["sparsity"], r["batch"]))
             _save(file, results)  # at once: what was measured stays, should the rest not be
             progress.update(task, advance=1, note=f"{name}, {shape[0]} x {shape[1]}")
-    tables = [speedups(results), where_it_pays(results)]
     slowest = min(r["chosen_speedup"] for r in results)
-    text = (
-        f"What `fastest` chose, timed again, was at least {slowest:.2f} times as fast as dense.\n"
+    head = (
+        f"Packed weights, float32\n\nWhat `fastest` chose, timed again, was at least {slowest:.2f} times as fast as "
+        f"dense."
     )
-    parts = [f"{table.title}\n\n{table.markdown()}\n" for table in tables]
-    (args.out / "packed.md").write_text("\n".join(["# Packed weights, float32\n", *parts, text]))
-    for table in tables:
-        console.print(table)
-    console.print(text)
+    harness.publish(file, head, tables({"results": results}).values(), console)
+    console.print(f"`fastest`: at least {slowest:.2f} times as fast as dense.")
 
 
 if __name__ == "__main__":

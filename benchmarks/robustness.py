@@ -231,19 +231,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             progress.advance(task)
 
     content = json.loads(file.read_text())
-    texts = []
-    for table in tables(content).values():
-        console.print(table)
-        texts.append(f"## {table.title}\n\n{table.markdown()}\n")
     about = "".join(f"- {name}: {f.__doc__}\n" for name, f in PERTURBATIONS.items())
     head = (
-        f"# Robustness on {dataset.name}\n\nWritten by `{content['command']}`: mean ± standard deviation of "
+        f"Robustness on {dataset.name}\n\nWritten by `{content['command']}`: mean ± standard deviation of "
         f"{args.seeds} seeds, {budget.epochs} epochs. Attacks reach {EPSILON} in pixel values of [0, 1].\n\n{about}"
     )
-    file.with_suffix(".md").write_text("\n".join([head, *texts]))
+    harness.publish(file, head, tables(content).values(), console)
     figures.save_robustness(file.with_suffix(".png"), content)
     console.print(f"{time.perf_counter() - begin:.0f} s in all, compilation included.")
-    console.print(f"Figures: {file}, .md and .png", soft_wrap=True, highlight=False)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -286,14 +286,9 @@ def main() -> None:
         "environment": harness.environment(),
         **measure_all(args.quick, console),
     }
-    texts = []
-    for table in tables(content).values():
-        console.print(table)
-        texts.append(f"## {table.title}\n\n{table.markdown()}\n")
     file = args.out / "selection.json"
     harness.write_json(file, content)
-    file.with_suffix(".md").write_text("\n".join(["# Mask selection\n", *texts]))
-    console.print(f"Figures: {file} and .md", soft_wrap=True, highlight=False)
+    harness.publish(file, "Mask selection", tables(content).values(), console)
 
 
 if __name__ == "__main__":

@@ -168,11 +168,8 @@ def main() -> None:
         "params": {name: [args.size, args.size] for name in SPECS},
         "results": results,
     }
-    (shown,) = tables(content).values()
-    console.print(shown)
     harness.write_json(file, content)
-    file.with_suffix(".md").write_text(f"# {shown.title}\n\n{shown.markdown()}\n")
-    console.print(f"Figures: {file} and .md", soft_wrap=True, highlight=False)
+    harness.publish(file, "Masks of sharded params", tables(content).values(), console)
 
 
 if __name__ == "__main__":

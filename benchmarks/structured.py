@@ -454,13 +454,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         content["smollm"] = stress(args)
     content |= {"environment": harness.environment() | {"usable_cores": _usable_cores()}}
     harness.write_json(file, content)
-    parts = [f"{t.title}\n\n{t.markdown()}\n" for t in tables(content).values()]
-    file.with_suffix(".md").write_text("\n".join(["# Structural pruning\n", *parts]))
+    harness.publish(file, "Structural pruning", tables(content).values(), console)
     if content.get("rows"):
         draw(content, file.with_suffix(".png"))
-    for table in tables(content).values():
-        console.print(table)
-    note(f"Figures: {file}", soft_wrap=True)
 
 
 def _usable_cores() -> int:

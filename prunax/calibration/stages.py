@@ -127,7 +127,8 @@ def walk(
         for stage in range(len(plan.stages)):
             sums = None
             for run in runs:
-                sums = run.advance(stage, models, statistic, sums)
+                # One batch after the other, or what several compute on the way would be in memory at once.
+                sums = jax.block_until_ready(run.advance(stage, models, statistic, sums))
             shared = dict(zip(plan.stages[stage].reads, sums or (), strict=True))
             for problem, key in plan.stages[stage].collected:
                 earlier = totals.get(problem)
