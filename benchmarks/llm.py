@@ -291,8 +291,8 @@ def write(
         f"Perplexity of the other topics, and of other texts, in windows of {own['length']} tokens. Every linear layer "
         f"is pruned, the embedding is not. Seconds include compilation; where the machine did other work besides, the "
         f"speed of a matrix product next to them (GFLOP/s, before and after) is low. Memory is the peak of the process "
-        f"above what it used with the model loaded ({malloc}). Wanda, SparseGPT and reconstruct prune in place (`donate`); "
-        f"the correction keeps the dense model besides.",
+        f"above what it used with the model loaded ({malloc}). Wanda, SparseGPT and reconstruct prune in place "
+        f"(`donate`); the correction keeps the dense model besides.",
     ]
     for table in tables(content).values():
         lines += ["", f"## {table.title}", "", table.markdown()]

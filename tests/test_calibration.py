@@ -386,9 +386,9 @@ def test_what_cannot_be_given_away_is_copied():
 
 def test_dense_weights_that_are_needed_to_the_end_are_not_given_away():
     params = mlp_params()
-    with pytest.raises(ValueError, match="wanda: donate=True .* sequential=False needs them"):
+    with pytest.raises(ValueError, match=r"wanda: donate=True .* sequential=False needs them"):
         calibration.wanda(mlp, params, BATCHES, 0.5, sequential=False, donate=True)
-    with pytest.raises(ValueError, match="sparsegpt: donate=True .* a correction needs them"):
+    with pytest.raises(ValueError, match=r"sparsegpt: donate=True .* a correction needs them"):
         calibration.sparsegpt(mlp, params, BATCHES, 0.5, correction=0.5, donate=True)
     assert not params["a"]["kernel"].is_deleted()
 
