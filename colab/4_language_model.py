@@ -207,7 +207,7 @@ prunax.tables.Table(columns, rows)
 figure, axes = plt.subplots(figsize=(6, 2.6), layout="constrained")
 bars = axes.barh(list(perplexity), list(perplexity.values()), color=["0.6", "C0", "C1", "C2"])
 axes.bar_label(bars, [f" {value:.1f}" for value in perplexity.values()])
-axes.set(xscale="log", xlabel=f"perplexity, {SPARSITY:.0%} pruned (lower is better)")
+axes.set(xscale="log", xlabel=f"perplexity, {SPARSITY:.0%} pruned (logarithmic; lower is better)")
 axes.set_xlim(perplexity["dense"] / 2, 2 * max(perplexity.values()))
 # The bars carry their values.
 axes.tick_params(axis="x", which="both", bottom=False, labelbottom=False)
