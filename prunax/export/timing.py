@@ -16,6 +16,8 @@ __all__ = ["fastest", "matmul_seconds"]
 
 # A packed weight must win by more than the clock's doubts.
 _MARGIN = 0.9
+# Short products take turns for so many seconds, however few repeats were asked for: a few of them say nothing.
+_LEAST_SECONDS = 0.1
 
 
 def matmul_seconds(weights: Mapping[str, Packed], x: Any, *, repeats: int = 10) -> dict[str, float]:
@@ -24,7 +26,8 @@ def matmul_seconds(weights: Mapping[str, Packed], x: Any, *, repeats: int = 10) 
     Args:
         weights: What to time, by name: `Dense`, `BlockSparse`, `GatherSparse`.
         x: An input ``(..., in)``, or its `jax.ShapeDtypeStruct`.
-        repeats: Timed calls of each. They take turns, so that a slow moment of the machine falls on all of them.
+        repeats: Timed calls of each, more where they are short. They take turns, so that a slow moment of the machine
+            falls on all of them.
 
     Returns:
         The median of each, in seconds, compiled before.
@@ -44,12 +47,15 @@ def _times(weights: Mapping[str, Packed], x: Any, repeats: int) -> dict[str, lis
     x = jnp.asarray(x)
     product = jax.jit(lambda packed, x: packed.matmul(x))
     times: dict[str, list[float]] = {name: [] for name in weights}
-    for turn in range(repeats + 2):  # the first compiles, the second warms the caches
+    for _ in range(2):  # the first compiles, the second warms the caches
+        jax.block_until_ready([product(packed, x) for packed in weights.values()])
+    begin, turns = time.perf_counter(), 0
+    while turns < repeats or time.perf_counter() - begin < _LEAST_SECONDS:
         for name, packed in weights.items():
             start = time.perf_counter()
             product(packed, x).block_until_ready()
-            if turn >= 2:
-                times[name].append(time.perf_counter() - start)
+            times[name].append(time.perf_counter() - start)
+        turns += 1
     return times
 
 
@@ -69,7 +75,7 @@ def fastest(
         x: An input of the shape and dtype to come, ``(..., in)``, or its `jax.ShapeDtypeStruct`. Which form wins
             depends on the batch size: measure with the one that matters.
         pattern: The pattern the mask was made with, see `pack`.
-        repeats: Timed calls of each.
+        repeats: Timed calls of each, as for `matmul_seconds`.
 
     Returns:
         A callable pytree: ``x @ result``, ``result(x)`` or ``result.matmul(x)``. It is the packed form only where both
