@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.core import JaxprEqn, Literal, gensym, jaxpr_as_fun
+from jax.extend.core import JaxprEqn, Literal, Var, jaxpr_as_fun
 
 from prunax import programs
 from prunax.jaxprs import scan_arity
@@ -125,8 +125,7 @@ def _bind_as_is(eqn: JaxprEqn, args: Sequence[Any]) -> Sequence[Any]:
     # What has programs inside is bound by JAX itself, as the one equation of a program.
     given = list(zip(eqn.invars, args, strict=True))
     values = {var: x for var, x in given if not isinstance(var, Literal)}
-    new = gensym()  # a result that is not used has no name: give it one
-    outvars = [new(var.aval) for var in eqn.outvars]
+    outvars = [Var(var.aval) for var in eqn.outvars]  # a result that is not used has no name
     program = programs.opened(inner[0]).replace(
         constvars=[],
         invars=list(values),
