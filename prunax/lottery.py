@@ -99,7 +99,7 @@ def _tickets(
     pattern: patterns.Pattern,
     where: trees.Where,
 ) -> Iterator[Ticket]:
-    options = {"allocation": allocation, "pattern": pattern, "where": where}
+    options: dict[str, Any] = {"allocation": allocation, "pattern": pattern, "where": where}
     for r in range(0 if ticket is None else int(ticket.round) + 1, rounds + 1):
         sparsity = 1 - (1 - fraction) ** r
         if ticket is None:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.tree_util import GetAttrKey, KeyPath
+from jax.tree_util import GetAttrKey
 
 __all__ = ["is_kernel", "path_name", "paths"]
 
@@ -25,7 +25,7 @@ _NOT_KERNELS = frozenset(
 )
 
 
-def path_name(path: KeyPath) -> str:
+def path_name(path: tuple[Any, ...]) -> str:
     """Spell a JAX key path the way prunax does everywhere.
 
     Args:

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import jax
@@ -103,7 +103,7 @@ class Losses:
         return np.asarray(self._compiled(*self._arguments, words(rows)))[: len(part)]
 
     @contextlib.contextmanager
-    def counting(self, total: int | None) -> Iterator[None]:
+    def counting(self, total: int | None) -> Generator[None]:
         """Show how many networks were measured, of how many at most, where progress was asked for."""
         if not self._progress:
             yield

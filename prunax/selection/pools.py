@@ -30,6 +30,8 @@ from prunax.selection.search import Bracket, cut, of_leaves, pool_totals, search
 __all__ = ["keep_largest"]
 
 Array = jax.Array
+Pools = tuple[tuple[int, ...], ...]  # indices of the leaves of each
+Leaves = tuple[Leaf, ...]
 Owner = tuple[int, ...]  # of each leaf, the pool it belongs to; ascending
 
 _SAMPLE = 4096  # scores a pool, at most, to take the first pivots from
@@ -73,7 +75,9 @@ def keep_largest(
     return _keep_largest_jit(scores, pools, num_pruned, False)
 
 
-def _keep_largest(scores, pools, num_pruned, on_host) -> list[Array]:
+def _keep_largest(
+    scores: Sequence[Score], pools: Pools, num_pruned: Sequence[Count], on_host: bool
+) -> list[Array]:
     order = [i for pool in pools for i in pool]
     masks: list[Any] = [
         None if i in order else jnp.ones(describe(s).shape, bool) for i, s in enumerate(scores)
@@ -109,7 +113,13 @@ def _pool_dtype(dtypes: list[np.dtype]) -> np.dtype:
     return np.dtype("float64") if np.dtype("float64") in dtypes else np.dtype("float32")
 
 
-def _thresholds(leaves, owner, scores, num_pruned, on_host) -> Array:
+def _thresholds(
+    leaves: Leaves,
+    owner: Owner,
+    scores: Sequence[Score],
+    num_pruned: Sequence[Count],
+    on_host: bool,
+) -> Array:
     """`[L, 2]`: of each leaf the threshold key, and the flat index before which keys equal to it are kept."""
 
     def count(row_of: Callable[[int], int], table: Array, asked: Sequence[int]) -> list[Number]:
@@ -144,7 +154,9 @@ def _append(pivots: Array, threshold: Array) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _first_bracket(leaves, owner, num_pruned):
+def _first_bracket(
+    leaves: Leaves, owner: Owner, num_pruned: Sequence[Count]
+) -> tuple[Number, Bracket]:
     pools = owner[-1] + 1
     sizes = np.zeros(pools, np.uint64)
     largest = np.zeros(pools, np.uint64)
@@ -160,7 +172,7 @@ def _first_bracket(leaves, owner, num_pruned):
     return target, start(owner, target, jnp.asarray(largest.astype(dtype)), size)
 
 
-def _sample_stride(leaves, owner) -> list[int] | None:
+def _sample_stride(leaves: Leaves, owner: Owner) -> list[int] | None:
     """Of every how many units of each pool one should be looked at for a start; None where that does not pay.
 
     It does not pay for small pools, and may move data where arrays are spread over devices.
@@ -198,7 +210,7 @@ def _sampled_pivots(owner: Owner, samples: list[Array], target: Number, bracket:
         axis=1,
     )
 
-    def at(rank):
+    def at(rank: Any) -> Array:
         index = jnp.clip(rank, 0, np.maximum(length - 1, 0)).astype(jnp.int32)
         return jnp.take_along_axis(sample, index[:, None], axis=1)[:, 0]
 
@@ -216,7 +228,9 @@ def _sampled_pivots(owner: Owner, samples: list[Array], target: Number, bracket:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _tie_bracket(leaves, owner, target, bracket):
+def _tie_bracket(
+    leaves: Leaves, owner: Owner, target: Number, bracket: Bracket
+) -> tuple[Array, Number, Bracket]:
     below = pool_totals(bracket.below, owner, target)
     found, threshold = settle(bracket, below, target)
     threshold = of_leaves(threshold, owner)

@@ -6,7 +6,7 @@ Each is one fused pass over the array, which stays where it is: not flattened, n
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,9 @@ class Leaf(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: np.dtype  # of its pool: one of several float types is ranked in the widest
-    spec: tuple  # partitioning that the array's type tells (explicit sharding), else empty
+    spec: tuple[
+        Any, ...
+    ]  # partitioning that the array's type tells (explicit sharding), else empty
     shards: tuple[int, ...]  # by axis, in how many parts the type says it is
     local: bool  # surely on one device, so that reshaping moves nothing
 

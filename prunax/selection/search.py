@@ -172,7 +172,11 @@ def _narrow_leaves(
 
 
 def search(
-    owner: tuple[int, ...], target: Number, bracket: Bracket, count: Callable, on_host: bool
+    owner: tuple[int, ...],
+    target: Number,
+    bracket: Bracket,
+    count: Callable[[Array, Sequence[int]], list[Number]],
+    on_host: bool,
 ) -> Bracket:
     """Narrows brackets until `target` units come before `low` or `high + 1`, or `low == high`."""
     if not on_host:

@@ -138,7 +138,7 @@ def _position(shape: tuple[int, ...], zero: Array, sharding: PartitionSpec | Non
     return outer * np.uint32(shape[-1]) + inner + zero
 
 
-def _split_minor(leaf: Leaf) -> tuple[tuple[int, ...], tuple]:
+def _split_minor(leaf: Leaf) -> tuple[tuple[int, ...], tuple[Any, ...]]:
     """A shape whose last axis lies on one device each, the one before it not, and its sharding.
 
     Where the type does not tell how the minor axis is divided, a power of two up to 16 is assumed, as for `Leaf.grid`.

@@ -261,15 +261,12 @@ def _take(x: Any, kept: Sequence[np.ndarray | None]) -> Any:
 def _take_sharded(x: jax.Array, indices: np.ndarray, axis: int) -> jax.Array:
     """`jnp.take` that keeps the sharding, of the axis itself where the devices divide what is left of it."""
     sharding: Any = x.sharding
-    spec = [*sharding.spec, *[None] * (x.ndim - len(sharding.spec))]
+    spec: list[Any] = [*sharding.spec, *[None] * (x.ndim - len(sharding.spec))]
     whole = NamedSharding(sharding.mesh, PartitionSpec(*spec[:axis], None, *spec[axis + 1 :]))
     # Units move between devices: the axis is gathered, one leaf at a time.
     x = jax.device_put(x, whole)
     x = x.at[(slice(None),) * axis + (jnp.asarray(indices),)].get(out_sharding=whole)
-    parts = math.prod(
-        sharding.mesh.shape[name]
-        for name in (spec[axis] if isinstance(spec[axis], tuple) else (spec[axis],))
-        if name is not None
-    )
+    names = spec[axis] if isinstance(spec[axis], tuple) else (spec[axis],)
+    parts = math.prod(sharding.mesh.shape[name] for name in names if name is not None)
     even = NamedSharding(sharding.mesh, PartitionSpec(*spec))
     return jax.device_put(x, whole if len(indices) % parts else even)

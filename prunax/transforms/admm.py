@@ -34,7 +34,7 @@ class AdmmState(NamedTuple):
 
 def admm(
     inner: optax.GradientTransformation,
-    sparsity: float,
+    sparsity: float | None,
     *,
     penalty: float | Callable[[jax.Array], Any],
     end_step: int,
@@ -85,10 +85,8 @@ def admm(
         Lee et al., The Unseen Frontier: Pushing the Limits of LLM Sparsity with Surrogate-Free ADMM (ELSA), 2025,
         arXiv:2510.01650; Boyd et al., Distributed Optimization and Statistical Learning via ADMM, 2011, section 9.1.
     """
-    schedule = schedules.one_shot(
-        pattern.max_sparsity if sparsity is None else sparsity,
-        end_step,  # type: ignore[arg-type]
-    )
+    target: Any = pattern.max_sparsity if sparsity is None else sparsity
+    schedule = schedules.one_shot(target, end_step)
     schedules.check_steps("admm", every=every)
 
     def init(params: PyTree) -> AdmmState:

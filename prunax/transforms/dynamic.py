@@ -21,7 +21,7 @@ PyTree = Any
 
 def dynamic_sparse(
     inner: optax.GradientTransformation,
-    sparsity: float,
+    sparsity: float | None,
     *,
     grow: Callable[..., PyTree],
     key: jax.Array,
