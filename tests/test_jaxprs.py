@@ -142,7 +142,7 @@ def test_recurrent_weights_are_one_view_used_each_turn():
     for ours, theirs in zip(
         run(program, {"kernel": W}, X), jax.tree.leaves(fn({"kernel": W}, X)), strict=True
     ):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+        np.testing.assert_allclose(ours, theirs, rtol=3e-5)
 
 
 def test_splits_and_slices_are_views_of_parts():

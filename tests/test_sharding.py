@@ -47,7 +47,12 @@ def test_every_pattern_keeps_bits_and_sharding(pattern, kind, spec):
 @pytest.mark.parametrize(
     ("pattern", "spec", "axis"),
     [
-        (patterns.NM(8, 32), PartitionSpec("x", "y"), 0),
+        pytest.param(
+            *(patterns.NM(8, 32), PartitionSpec("x", "y"), 0),
+            marks=pytest.mark.xfail(
+                jax.__version_info__ < (0, 10), reason="older JAX cannot name a sharding in it"
+            ),
+        ),
         (patterns.NM(4, 32, axis=-1), PartitionSpec("x", "y"), 1),
         (patterns.Block((4, 24)), PartitionSpec("x", "y"), 1),
         (patterns.Block((16, 4)), PartitionSpec(("x", "y"), None), 0),

@@ -170,11 +170,12 @@ def _with_attributes(node: Any, path: str, decide: Callable[[str, str, str, Any]
     return new
 
 
-def _is_size(name: str, value: Any) -> bool:
+def _is_size(name: str | int, value: Any) -> bool:
     """Whether an attribute is a number, or several, that may be a size."""
     numbers = value if isinstance(value, list | tuple) else [value]
     return (
-        not name.startswith("_")
+        isinstance(name, str)  # an item of a list of Flax modules may have a number
+        and not name.startswith("_")
         and name not in _NO_SIZES
         and len(numbers) > 0
         and all(isinstance(n, int) and not isinstance(n, bool) for n in numbers)
