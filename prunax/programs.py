@@ -66,7 +66,9 @@ def abstract(array: Any) -> jax.ShapeDtypeStruct:
 
 def opened(program: ClosedJaxpr | Jaxpr) -> Jaxpr:
     """The jaxpr without its constants' values."""
-    return program if isinstance(program, Jaxpr) else program.jaxpr
+    if isinstance(program, Jaxpr):  # pyright: ignore[reportUnnecessaryIsInstance] - not always, before 0.12
+        return program
+    return program.jaxpr
 
 
 def constants(program: ClosedJaxpr | Jaxpr) -> tuple[Any, ...]:
