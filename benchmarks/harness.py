@@ -72,14 +72,18 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
+def write_markdown(file: Path, head: str, tables: Iterable[Table]) -> None:
+    """Writes tables under a heading, and what more `head` says, into the Markdown file beside a JSON file."""
+    texts = [f"## {table.title}\n\n{table.markdown()}\n" for table in tables]
+    file.with_suffix(".md").write_text("\n".join([f"# {head}\n", *texts]))
+
+
 def publish(file: Path, head: str, tables: Iterable[Table], console: rich.console.Console) -> None:
-    """Prints tables, and writes them as Markdown beside the JSON file that they are made of, under a heading."""
-    texts = [f"# {head}\n"]
-    for table in tables:
-        console.print(table)
-        texts.append(f"## {table.title}\n\n{table.markdown()}\n")
-    file.with_suffix(".md").write_text("\n".join(texts))
-    console.print(f"Figures: {file} and .md", soft_wrap=True, highlight=False)
+    """Prints tables, and writes them as Markdown beside the JSON file that they are made of."""
+    tables = list(tables)
+    write_markdown(file, head, tables)
+    console.print(*tables)
+    console.print(f"Figures: {file.with_suffix('.*')}", soft_wrap=True, highlight=False)
 
 
 def progress(console: rich.console.Console) -> rich.progress.Progress:

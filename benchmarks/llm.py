@@ -280,25 +280,23 @@ def write(
     results = sorted(results, key=lambda r: (":" in r.target, r.target, order.index(r.method)))
     content = {"environment": harness.environment(), **settings, "dense": dense}
     content["results"] = [result._asdict() for result in results]
-    harness.write_json(folder / "llm.json", content)
+    file = folder / "llm.json"
+    harness.write_json(file, content)
     own = settings["calibration"]
     parts = ", ".join(f"{n * own['length']} tokens of {name}" for name, n in own["texts"].items())
     malloc = ", ".join(f"{k}={v}" for k, v in content["malloc"].items()) or "malloc as it comes"
-    lines = [
-        "# SmolLM2-135M pruned in one shot",
-        "",
+    head = (
+        f"SmolLM2-135M pruned in one shot\n\n"
         f"`python -m benchmarks.llm`, calibrated on {parts} (documentation: of Python, every other topic). "
         f"Perplexity of the other topics, and of other texts, in windows of {own['length']} tokens. Every linear layer "
         f"is pruned, the embedding is not. Seconds include compilation; where the machine did other work besides, the "
         f"speed of a matrix product next to them (GFLOP/s, before and after) is low. Memory is the peak of the process "
         f"above what it used with the model loaded ({malloc}). Wanda, SparseGPT and reconstruct prune in place "
-        f"(`donate`); the correction keeps the dense model besides.",
-    ]
-    for table in tables(content).values():
-        lines += ["", f"## {table.title}", "", table.markdown()]
-    (folder / "llm.md").write_text("\n".join(lines) + "\n")
+        f"(`donate`); the correction keeps the dense model besides."
+    )
+    harness.write_markdown(file, head, tables(content).values())
     if results:
-        plot(dense, results, folder / "llm.png")
+        plot(dense, results, file.with_suffix(".png"))
     return content
 
 

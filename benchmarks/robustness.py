@@ -231,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             progress.advance(task)
 
     content = json.loads(file.read_text())
-    about = "".join(f"- {name}: {f.__doc__}\n" for name, f in PERTURBATIONS.items())
+    about = "\n".join(f"- {name}: {f.__doc__}" for name, f in PERTURBATIONS.items())
     head = (
         f"Robustness on {dataset.name}\n\nWritten by `{content['command']}`: mean ± standard deviation of "
         f"{args.seeds} seeds, {budget.epochs} epochs. Attacks reach {EPSILON} in pixel values of [0, 1].\n\n{about}"

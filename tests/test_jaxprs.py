@@ -139,7 +139,8 @@ def test_recurrent_weights_are_one_view_used_each_turn():
 
     program = jaxprs.trace(fn, {"kernel": W}, X)
     assert [p.name for p in program.products] == ["kernel"] * 5
-    with jax.disable_jit():  # turn by turn, as the program is run: compiled as a whole it rounds otherwise
+    # Turn by turn, as the program is run: compiled as a whole it rounds otherwise.
+    with jax.disable_jit():
         expected = jax.tree.leaves(fn({"kernel": W}, X))
     for ours, theirs in zip(run(program, {"kernel": W}, X), expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5)

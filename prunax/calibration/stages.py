@@ -161,8 +161,9 @@ def walk(
 def _own(leaves: Sequence[Any], n: int, donate: bool) -> jax.Array:
     """The leaf, for us to use up: a copy, but where the caller gives the array away and no other leaf is the same."""
     leaf = leaves[n]
-    alone = isinstance(leaf, jax.Array) and sum(other is leaf for other in leaves) == 1
-    return leaf if donate and alone else jnp.array(leaf, copy=True)
+    if donate and isinstance(leaf, jax.Array) and sum(other is leaf for other in leaves) == 1:
+        return leaf
+    return jnp.array(leaf, copy=True)
 
 
 class _Plans:

@@ -50,9 +50,7 @@ class Leaf(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: np.dtype  # of its pool: one of several float types is ranked in the widest
-    spec: tuple[
-        Any, ...
-    ]  # partitioning that the array's type tells (explicit sharding), else empty
+    spec: tuple[Any, ...]  # partitioning that the array's type tells (explicit sharding), or ()
     shards: tuple[int, ...]  # by axis, in how many parts the type says it is
     local: bool  # surely on one device, so that reshaping moves nothing
 
