@@ -169,7 +169,7 @@ def main() -> None:
         "results": results,
     }
     harness.write_json(file, content)
-    harness.publish(file, "Masks of sharded params", tables(content).values(), console)
+    harness.publish(file, "Mask selection on shards", tables(content).values(), console)
 
 
 if __name__ == "__main__":
