@@ -25,7 +25,7 @@ from rich.console import Console
 
 import prunax
 from benchmarks import harness
-from prunax import counts, selection
+from prunax import _counts, _selection
 
 RNG = np.random.default_rng(0)
 INPUTS: dict[str, Callable[[int], np.ndarray]] = {
@@ -42,7 +42,7 @@ INPUTS: dict[str, Callable[[int], np.ndarray]] = {
 
 @jax.jit
 def prunax_mask(w: jax.Array, k: jax.Array) -> jax.Array:
-    return selection.keep_largest([Partial(jnp.abs, w)], [(0,)], [counts.Count(k * 0, k)])[0]
+    return _selection.keep_largest([Partial(jnp.abs, w)], [(0,)], [_counts.Count(k * 0, k)])[0]
 
 
 @jax.jit

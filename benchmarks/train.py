@@ -48,7 +48,7 @@ class Run(NamedTuple):
     method: str
     seed: int
     metrics: loop.Metrics
-    summary: prunax.Summary
+    summary: prunax.reports.Summary
     exact: bool | None
     seconds: float
     compile_seconds: float

@@ -52,12 +52,12 @@ print("Fast mode: short training." if FAST else "Full mode.", f"{STEPS} steps a 
 # %% [markdown]
 # ## Data and model
 #
-# Handwritten digits of 8 x 8 pixels, from scikit-learn. Before data goes into anything, let `prunax.guard` look at it:
+# Handwritten digits of 8 x 8 pixels, from scikit-learn. Before data goes into anything, let `screen_batch` look at it:
 # it changes nothing, and says what is not as declared.
 
 # %%
 digits = load_digits()
-prunax.guard.screen_batch({"images": digits.images}, low=0.0, high=1.0)
+prunax.reports.screen_batch({"images": digits.images}, low=0.0, high=1.0)
 
 # %% [markdown]
 # The pixels have 17 levels, from 0 to 16. Scaled, nothing is found any more.
@@ -68,7 +68,7 @@ images = jnp.asarray(digits.images[order] / 16, jnp.float32)
 labels = jnp.asarray(digits.target[order])
 train_images, test_images = images[:1400], images[1400:]
 train_labels, test_labels = labels[:1400], labels[1400:]
-prunax.guard.screen_batch({"images": images}, low=0.0, high=1.0)
+prunax.reports.screen_batch({"images": images}, low=0.0, high=1.0)
 
 
 # %%
@@ -133,7 +133,7 @@ masks = prunax.compute_masks(dense, 0.9)
 prunax.summarize(dense, masks)
 
 # %%
-prunax.plots.weights(dense, masks, title="Weights of the dense network, 90% to be pruned")
+prunax.reports.plots.weights(dense, masks, title="Weights of the dense network, 90% to be pruned")
 
 # %% [markdown]
 # Everything between the dashed lines goes. How much does the network suffer? The sparsity is an ordinary argument of a
@@ -162,7 +162,7 @@ for s, a in zip(sparsities, one_shot, strict=True):
 
 # %%
 schedule = prunax.schedules.polynomial(0.9, STEPS // 5, STEPS * 7 // 10, every=STEPS // 40)
-prunax.plots.schedule(schedule, STEPS)
+prunax.reports.plots.schedule(schedule, STEPS)
 
 # %% [markdown]
 # One line changes: `optax.adam(1e-3)` becomes `prunax.prune(optax.adam(1e-3), schedule)`.
@@ -186,7 +186,7 @@ print(
 prunax.summarize(sparse, state.masks)
 
 # %%
-prunax.plots.layers(sparse, state.masks)
+prunax.reports.plots.layers(sparse, state.masks)
 
 # %% [markdown]
 # Is it the same 90% that goes? Partly. Training with the masks moved the weights, and with them the choice.
@@ -198,7 +198,7 @@ prunax.compare_masks(masks, state.masks)
 # Masks are easy to look at: dark is kept, inputs go down and outputs across.
 
 # %%
-prunax.plots.masks(state.masks)
+prunax.reports.plots.masks(state.masks)
 
 # %% [markdown]
 # Inputs of the first layer are pixels, so its mask says what the network looks at. Pixels at the left and right border
@@ -236,7 +236,7 @@ curves = {
     "in one shot": [(float(s), float(a)) for s, a in zip(sparsities, one_shot, strict=True)],
     "while training": gradual,
 }
-prunax.plots.fronts(curves, dense=float(accuracy(dense)), ylabel="test accuracy")
+prunax.reports.plots.fronts(curves, dense=float(accuracy(dense)), ylabel="test accuracy")
 
 # %% [markdown]
 # ## A page to keep
@@ -245,10 +245,10 @@ prunax.plots.fronts(curves, dense=float(accuracy(dense)), ylabel="test accuracy"
 # units that have no weight left, which structural pruning (notebook 3) can remove altogether.
 
 # %%
-for finding in prunax.guard.screen_params(sparse, state.masks):
+for finding in prunax.reports.screen_params(sparse, state.masks):
     print(finding)
 
-page = prunax.pages.report_page(
+page = prunax.reports.report_page(
     dense,
     state.masks,
     title="Digits at 90%",

@@ -141,11 +141,11 @@ def compare(methods):
         rows.append((name, *cells, f"{float(metrics.sparsity[-1]):.2%}"))
         curves[name] = [(s, 100 * a.mean()) for s, a in zip(SPARSITIES, found, strict=True)]
     columns = ("test accuracy, %", *(f"{s:.0%}" for s in SPARSITIES), "zeros, counted")
-    return prunax.tables.Table(columns, rows), curves
+    return prunax.reports.Table(columns, rows), curves
 
 
 def front(curves):
-    return prunax.plots.fronts(curves, dense=100 * dense.mean(), ylabel="test accuracy, %")
+    return prunax.reports.plots.fronts(curves, dense=100 * dense.mean(), ylabel="test accuracy, %")
 
 
 # %% [markdown]
@@ -167,7 +167,7 @@ def gradual(sparsity):
     )
 
 
-prunax.plots.schedule(gradual(0.9), STEPS)
+prunax.reports.plots.schedule(gradual(0.9), STEPS)
 
 # %%
 scores = prunax.scores
@@ -286,7 +286,7 @@ _ = axes.legend(fontsize="small", loc="center left")
 
 # %%
 params, _, _ = RUNS["global", SPARSITIES[-1]][0]
-prunax.guard.findings_table(prunax.guard.screen_params(params))
+prunax.reports.findings_table(prunax.reports.screen_params(params))
 
 # %% [markdown]
 # ## Sparse from the first step to the last
@@ -347,7 +347,7 @@ for axes, (title, values) in zip(panels, kept.items(), strict=True):
 everything = criteria | schedules | allocations | dynamic
 table, _ = compare(everything)
 rows = sorted(table.rows, key=lambda row: -accuracies(RUNS[row[0], SPARSITIES[-1]]).mean())
-prunax.tables.Table(
+prunax.reports.Table(
     table.columns, rows, [("dense", f"{100 * dense.mean():.2f}") + ("",) * len(SPARSITIES)]
 )
 

@@ -198,7 +198,7 @@ for name, (fn, params) in networks.items():
         )
     )
 columns = "network, parameters, Mflop, ms an image, ms for 256, right when cut, right in the end"
-prunax.tables.Table(columns.split(", "), rows)
+prunax.reports.Table(columns.split(", "), rows)
 
 # %%
 figure, axes = plt.subplots(figsize=(7, 2.8), layout="constrained")
@@ -252,7 +252,7 @@ for name, (pattern, sparsity) in cases.items():
     speedups[name] = ratios
     rows.append((name, *(f"{r:.2f}: {c}" for r, c in zip(ratios, chosen, strict=True))))
 columns = (f"{SIZE} x {SIZE}: dense time / packed time", *(f"batch {size}" for size in BATCHES))
-prunax.tables.Table(columns, rows)
+prunax.reports.Table(columns, rows)
 
 # %%
 figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
@@ -331,7 +331,7 @@ print(export.verify_pattern(block_masks, BLOCK))
 print(f"{accuracy(mlp, blocky):.1%} right at {prunax.summarize(blocky, block_masks).sparsity:.1%}")
 
 # %%
-prunax.plots.masks(block_masks)
+prunax.reports.plots.masks(block_masks)
 
 # %%
 rows = []
@@ -347,7 +347,7 @@ for size in (1, 256):
     slow, fast = (structured.latency(mlp, params, x) for params in (blocky, packed))
     forms = ", ".join(type(packed[name]["kernel"]).__name__ for name in ("first", "hidden"))
     rows.append((str(size), forms, f"{1e3 * slow:.2f}", f"{1e3 * fast:.2f}", f"{slow / fast:.2f}"))
-prunax.tables.Table(("images", "chosen", "dense, ms", "chosen, ms", "times as fast"), rows, text=2)
+prunax.reports.Table(("images", "chosen", "dense, ms", "chosen, ms", "times as fast"), rows, text=2)
 
 # %% [markdown]
 # ## Files
@@ -372,7 +372,7 @@ rows.append(
     (f"masks of {prunax.summarize(blocky, block_masks).weights:,} weights", f"{kilobytes:.0f}")
 )
 print(export.read_metadata(folder / "masks.safetensors"))
-prunax.tables.Table(("file", "kB"), rows)
+prunax.reports.Table(("file", "kB"), rows)
 
 # %% [markdown]
 # The command line reads the same files: `prunax inspect masks.safetensors`. For tables at length, with seeds and

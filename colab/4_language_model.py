@@ -201,7 +201,7 @@ columns = (
     "times the dense",
     "seconds, compilation included",
 )
-prunax.tables.Table(columns, rows)
+prunax.reports.Table(columns, rows)
 
 # %%
 figure, axes = plt.subplots(figsize=(6, 2.6), layout="constrained")
@@ -226,14 +226,14 @@ rows = [
 ]
 chance = SPARSITY / (2 - SPARSITY)
 rows.append(("two random choices", f"{chance:.1%}"))
-prunax.tables.Table(("kept by both, of those kept by either", "overlap"), rows)
+prunax.reports.Table(("kept by both, of those kept by either", "overlap"), rows)
 
 # %% [markdown]
 # SparseGPT has changed the weights that it kept. `guard` would point at outliers, which a correction on too little
 # text leaves behind:
 
 # %%
-found = prunax.guard.screen_params(sparsegpt.params, sparsegpt.masks)
+found = prunax.reports.screen_params(sparsegpt.params, sparsegpt.masks)
 print("\n".join(map(str, found)) or "Nothing unusual.")
 
 # %% [markdown]

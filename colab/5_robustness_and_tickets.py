@@ -173,7 +173,7 @@ columns = (
     "test, learnt from right labels, %",
     "test, a fifth wrong, %",
 )
-prunax.tables.Table(columns, rows)
+prunax.reports.Table(columns, rows)
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
@@ -230,7 +230,7 @@ rows = [
     (name, f"{clean[s]:.1f}", *(f"{value:.1f}" for value in means[s]))
     for s, name in zip(levels, names, strict=True)
 ]
-prunax.tables.Table(("accuracy, %", "clean", *kinds), rows)
+prunax.reports.Table(("accuracy, %", "clean", *kinds), rows)
 
 # %%
 figure, axes = plt.subplots(figsize=(8, 3.4), layout="constrained")
@@ -317,10 +317,10 @@ rows = [
     (f"{ticket.sparsity:.1%}", *(f"{points[i][1]:.1f}" for points in curves.values()))
     for i, ticket in enumerate(tickets)
 ]
-prunax.tables.Table(("sparsity", *(f"{name}, %" for name in curves)), rows)
+prunax.reports.Table(("sparsity", *(f"{name}, %" for name in curves)), rows)
 
 # %%
-prunax.plots.fronts(curves, dense=curves["winning ticket"][0][1], ylabel="test accuracy, %")
+prunax.reports.plots.fronts(curves, dense=curves["winning ticket"][0][1], ylabel="test accuracy, %")
 
 # %% [markdown]
 # One start and one order of images: a difference of less than a point says little here. The full mode and `python -m

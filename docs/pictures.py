@@ -27,7 +27,7 @@ def main() -> None:
     IMAGES.mkdir(exist_ok=True)
     tour()
     schedule = prunax.schedules.polynomial(0.9, begin_step=100, end_step=200, every=30)
-    prunax.plots.schedule(schedule, 300).savefig(IMAGES / "schedule.png")
+    prunax.reports.plots.schedule(schedule, 300).savefig(IMAGES / "schedule.png")
 
     keys = jax.random.split(jax.random.key(0), 2)
     params = {
@@ -35,14 +35,14 @@ def main() -> None:
         "head": {"kernel": jax.random.normal(keys[1], (64, 10))},
     }
     masks = prunax.compute_masks(params, 0.9, allocation=prunax.allocation.erdos_renyi)
-    prunax.plots.weights(params, masks, title="Weights").savefig(IMAGES / "weights.png")
+    prunax.reports.plots.weights(params, masks, title="Weights").savefig(IMAGES / "weights.png")
 
     kernel = {"kernel": np.asarray(jax.random.normal(jax.random.key(0), (32, 32)))}
     by_pattern = {
         str(pattern): prunax.compute_masks(kernel, 0.5, pattern=pattern)["kernel"]
         for pattern in (NM(2, 4), ConstantFanIn(), Block((8, 8)), Channel())
     }
-    prunax.plots.masks(by_pattern).savefig(IMAGES / "patterns.png")
+    prunax.reports.plots.masks(by_pattern).savefig(IMAGES / "patterns.png")
 
 
 if __name__ == "__main__":

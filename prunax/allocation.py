@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prunax import counts, schedules, trees
+from prunax import _counts, schedules, trees
 
 __all__ = [
     "Allocation",
@@ -48,7 +48,7 @@ class Pool(NamedTuple):
     Attributes:
         leaves: Indices into the leaves given to the allocation.
         sparsity: Fraction of the pool's units to prune: a number, or a traced float32 scalar.
-        num_pruned: Units to prune, an int or a `prunax.counts.Count`.
+        num_pruned: Units to prune, an int or a `prunax._counts.Count`.
     """
 
     leaves: tuple[int, ...]
@@ -249,15 +249,15 @@ def _pools(
 ) -> tuple[Pool, ...]:
     sizes = [sum(leaves[i].num_units for i in pool) for pool in members]
     budgets = [
-        None if trees.is_traced(s) else counts.num_pruned(s, n)
+        None if trees.is_traced(s) else _counts.num_pruned(s, n)
         for s, n in zip(sparsities, sizes, strict=True)
     ]
     traced = [p for p, budget in enumerate(budgets) if budget is None]
     if traced:  # at once, which compiles much faster than one by one
         together = jnp.stack([jnp.asarray(sparsities[p], jnp.float32) for p in traced])
-        numbers = counts.num_pruned(together, [sizes[p] for p in traced])
+        numbers = _counts.num_pruned(together, [sizes[p] for p in traced])
         for k, p in enumerate(traced):
-            budgets[p] = counts.Count(numbers.high[k], numbers.low[k])
+            budgets[p] = _counts.Count(numbers.high[k], numbers.low[k])
     return tuple(map(Pool, members, sparsities, budgets))
 
 

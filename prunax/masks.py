@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
+from prunax import _counts, _selection, patterns, schedules, trees
 from prunax import allocation as allocations
-from prunax import counts, patterns, schedules, selection, trees
 
 __all__ = ["apply_masks", "compute_masks", "straight_through"]
 
@@ -69,7 +69,7 @@ def compute_masks(
         ([[True, False], [False, True]], True)
 
     References:
-        Exact selection, ties and rounding are defined in the documentation of `prunax.selection`.
+        Exact selection, ties and rounding are defined in the documentation of `prunax._selection`.
     """
     chosen = trees.select(params, where)
     if not chosen.indices:
@@ -171,7 +171,7 @@ class Plan(NamedTuple):
 
     Attributes:
         budgets: For each pool the number of units that it loses (each slice of it, where the pattern compares along an
-            axis): an int or a `counts.Count`. Values that jit may trace.
+            axis): an int or a `_counts.Count`. Values that jit may trace.
         sizes: For each pool the number of its units (of each slice's), static.
         pools: For each pool the indices of its leaves.
         rescale: What the allocation does to unit scores before they are ranked, or None.
@@ -245,7 +245,7 @@ def select_masks(
 
     Args:
         scores: Floating-point arrays, one a prunable leaf, or ``Partial(f, *arrays)`` of an elementwise f that makes
-            them (see `selection.keep_largest`).
+            them (see `_selection.keep_largest`).
         budgets: For each pool how many units it loses, like `Plan.budgets`.
         pattern: The pattern.
         structure: `Plan.structure`, static.
@@ -254,18 +254,18 @@ def select_masks(
         One bool mask a leaf, of its shape, True = kept.
     """
     pools, rescale = structure
-    budgets = [counts.as_count(budget) for budget in budgets]
+    budgets = [_counts.as_count(budget) for budget in budgets]
     if pattern == patterns.Unstructured() and rescale is None:
-        return selection.keep_largest(scores, pools, budgets)
+        return _selection.keep_largest(scores, pools, budgets)
     if pattern.compare_axis is None:
         units = _unit_scores(list(scores), pattern=pattern, rescale=rescale)
-        kept = selection.keep_largest(units, pools, budgets)
+        kept = _selection.keep_largest(units, pools, budgets)
     else:
         kept = [jnp.ones(pattern.unit_shape(s.shape), jnp.bool_) for s in map(_shaped, scores)]
         for (i,), budget in zip(pools, budgets, strict=True):
             # A slice is shorter than 2**32.
             units = _rearranged(scores[i], pattern)
-            kept[i] = selection.keep_largest_along(units, pattern.compare_axis, budget.low)
+            kept[i] = _selection.keep_largest_along(units, pattern.compare_axis, budget.low)
     return _expanded(kept, list(scores), pattern=pattern)
 
 
@@ -273,12 +273,12 @@ def select_masks(
 def _unit_scores(
     scores: list[Score], *, pattern: patterns.Pattern, rescale: Any
 ) -> list[jax.Array]:
-    units = [pattern.pool(selection.value_of(s)) for s in scores]
+    units = [pattern.pool(_selection.value_of(s)) for s in scores]
     return units if rescale is None else [rescale(u) for u in units]
 
 
 def _shaped(score: Score) -> jax.ShapeDtypeStruct:
-    return jax.eval_shape(selection.value_of, score)
+    return jax.eval_shape(_selection.value_of, score)
 
 
 def _rearranged(score: Score, pattern: patterns.Pattern) -> Score:
@@ -291,14 +291,14 @@ def _rearranged(score: Score, pattern: patterns.Pattern) -> Score:
 def _expanded(
     kept: list[jax.Array], scores: list[Score], *, pattern: patterns.Pattern
 ) -> list[jax.Array]:
-    leaves = [selection.value_of(s) for s in scores]
+    leaves = [_selection.value_of(s) for s in scores]
     masks = [pattern.expand(k, leaf.shape) for k, leaf in zip(kept, leaves, strict=True)]
     return [_shard_like(m, leaf) for m, leaf in zip(masks, leaves, strict=True)]
 
 
 @jax.jit
 def _has_nan(score: Score) -> jax.Array:
-    return jnp.any(jnp.isnan(selection.value_of(score)))
+    return jnp.any(jnp.isnan(_selection.value_of(score)))
 
 
 def _shard_like(mask: jax.Array, leaf: jax.Array) -> jax.Array:
@@ -310,12 +310,12 @@ def _shard_like(mask: jax.Array, leaf: jax.Array) -> jax.Array:
 
 
 def _slice_budget(pattern: patterns.Pattern, sparsity: Any, length: int, path: str) -> Any:
-    budget = counts.num_pruned(sparsity, length)
+    budget = _counts.num_pruned(sparsity, length)
     if pattern.max_sparsity is None:
         return budget
-    most = counts.num_pruned(pattern.max_sparsity, length)
-    if isinstance(budget, counts.Count):
-        return counts.Count(budget.high, jnp.minimum(budget.low, jnp.uint32(most)))
+    most = _counts.num_pruned(pattern.max_sparsity, length)
+    if isinstance(budget, _counts.Count):
+        return _counts.Count(budget.high, jnp.minimum(budget.low, jnp.uint32(most)))
     assert isinstance(most, int)
     if budget > most:
         raise ValueError(

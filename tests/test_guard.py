@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 import prunax
-from prunax import guard
+from prunax import reports
 
 KERNEL = jax.random.normal(jax.random.key(0), (32, 16))
 
@@ -20,10 +20,10 @@ def test_good_batches_and_params_are_quiet(dtype):
         "image": jnp.linspace(0, 1, 12).astype(dtype).reshape(3, 4),
         "label": jnp.zeros(3, jnp.int32),
     }
-    assert guard.screen_batch(batch, low=0.0, high=1.0) == ()
+    assert reports.screen_batch(batch, low=0.0, high=1.0) == ()
     params = {"kernel": KERNEL.astype(dtype), "bias": jnp.zeros(16, dtype)}
-    assert guard.screen_params(params) == ()
-    assert guard.screen_params(params, prunax.compute_masks(params, 0.5)) == ()
+    assert reports.screen_params(params) == ()
+    assert reports.screen_params(params, prunax.compute_masks(params, 0.5)) == ()
 
 
 def test_batches():
@@ -33,7 +33,7 @@ def test_batches():
         "raw": jnp.array([0.0, 255.0, 128.0]),
         "one": jnp.array([0.5]),
     }
-    findings = guard.screen_batch(batch, low=0.0, high=1.0)
+    findings = reports.screen_batch(batch, low=0.0, high=1.0)
     assert kinds(findings) == [
         ("broken", "not finite", 2),
         ("constant", "constant", 6),
@@ -56,30 +56,30 @@ def test_params():
     params["loud"] = KERNEL.at[0, 0].set(1e4)
     params["pruned loud"] = params["loud"]
     params["bias"] = jnp.zeros(16)
-    findings = guard.screen_params(params, masks, outlier=20)
+    findings = reports.screen_params(params, masks, outlier=20)
     assert kinds(findings) == [
         ("broken", "not finite", 1),
         ("empty", "empty", 512),
         ("idle", "units without weights", 1),
         ("loud", "outliers", 1),
     ]
-    text = guard.findings_table(findings).markdown()
+    text = reports.findings_table(findings).markdown()
     assert "| empty | empty | Every weight is pruned" in text
 
 
 def test_zeros_count_as_pruned_without_masks():
     params = {"kernel": KERNEL.at[:, :2].set(0.0), "bias": jnp.zeros(16)}
-    assert kinds(guard.screen_params(params)) == [("kernel", "units without weights", 2)]
+    assert kinds(reports.screen_params(params)) == [("kernel", "units without weights", 2)]
 
 
 def test_masks_of_another_tree_are_named():
     with pytest.raises(ValueError, match=r"screen_params: .*'kernel'"):
-        guard.screen_params({"kernel": KERNEL}, {"other": True})
+        reports.screen_params({"kernel": KERNEL}, {"other": True})
 
 
 def test_page_shows_findings():
     params = {"kernel": KERNEL}
-    page = prunax.pages.report_page(params, {"kernel": jnp.zeros((32, 16), bool)})
+    page = prunax.reports.report_page(params, {"kernel": jnp.zeros((32, 16), bool)})
     assert "nothing passes through the layer" in page
-    page = prunax.pages.report_page(params, prunax.compute_masks(params, 0.5))
+    page = prunax.reports.report_page(params, prunax.compute_masks(params, 0.5))
     assert "Nothing unusual" in page

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prunax import jaxprs
+from prunax import _jaxprs
 
 
 def run(program, params, *args):
@@ -17,7 +17,7 @@ def run(program, params, *args):
     values |= dict(zip(program.args, jax.tree.leaves(args), strict=True))
     for equation in program.equations:
         operands = [values[i] for i in equation.inputs]
-        if isinstance(equation.operation, jaxprs.Pick):
+        if isinstance(equation.operation, _jaxprs.Pick):
             operands.append(equation.pick)
         values |= dict(zip(equation.outputs, equation.operation(*operands), strict=True))
     return [values[i] for i in program.outputs]
@@ -75,7 +75,7 @@ FUNCTIONS = {
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_one_product(name):
     fn, params = FUNCTIONS[name], {"kernel": W, "bias": jnp.ones(6)}
-    program = jaxprs.trace(fn, params, X)
+    program = _jaxprs.trace(fn, params, X)
     (product,) = program.products
     assert product.name == "kernel"
     (result,) = run(program, params, X)
@@ -98,7 +98,7 @@ def test_scan_is_one_product_a_layer(reverse):
 
         return jax.lax.scan(layer, x, params, reverse=reverse)
 
-    program = jaxprs.trace(fn, STACK, X)
+    program = _jaxprs.trace(fn, STACK, X)
     names = [f"kernel[{i}]" for i in range(3)]
     assert [product.name for product in program.products] == names[:: -1 if reverse else 1]
     for product, i in zip(program.products, [2, 1, 0] if reverse else [0, 1, 2], strict=True):
@@ -116,7 +116,7 @@ def test_nested_scans():
 
         return jax.lax.scan(outer, x, params["kernel"])[0]
 
-    program = jaxprs.trace(fn, params, X)
+    program = _jaxprs.trace(fn, params, X)
     assert [p.view.picks for p in program.products] == [(i, j) for i in range(3) for j in range(2)]
     np.testing.assert_allclose(run(program, params, X)[0], fn(params, X), rtol=1e-5)
     np.testing.assert_array_equal(
@@ -128,7 +128,7 @@ def test_scan_without_weights_stays_whole():
     def fn(params, x):
         return jax.lax.scan(lambda c, row: (c + row, None), jnp.zeros(6), x)[0] @ params["kernel"]
 
-    program = jaxprs.trace(fn, {"kernel": W}, X)
+    program = _jaxprs.trace(fn, {"kernel": W}, X)
     assert "scan" in [e.operation.eqn.primitive.name for e in program.equations]
     np.testing.assert_allclose(run(program, {"kernel": W}, X)[0], fn({"kernel": W}, X), rtol=1e-5)
 
@@ -137,7 +137,7 @@ def test_recurrent_weights_are_one_view_used_each_turn():
     def fn(params, x):
         return jax.lax.scan(lambda h, row: (jnp.tanh(row + h @ params["kernel"]), h), X[0], x)
 
-    program = jaxprs.trace(fn, {"kernel": W}, X)
+    program = _jaxprs.trace(fn, {"kernel": W}, X)
     assert [p.name for p in program.products] == ["kernel"] * 5
     # Turn by turn, as the program is run: compiled as a whole it rounds otherwise.
     with jax.disable_jit():
@@ -153,7 +153,7 @@ def test_splits_and_slices_are_views_of_parts():
         a, b = jnp.split(params["kernel"], 2, axis=1)
         return x @ a + x @ b, x @ params["kernel"][:, :3]
 
-    program = jaxprs.trace(fn, params, X)
+    program = _jaxprs.trace(fn, params, X)
     parts = [operand(program, product, params) for product in program.products]
     k = params["kernel"]
     for part, expected in zip(parts, (k[:, :6], k[:, 6:], k[:, :3]), strict=True):
@@ -167,7 +167,7 @@ def test_what_no_output_needs_is_dropped():
         return x @ params["kernel"]
 
     params = {"kernel": W, "unused": {"kernel": W}}
-    only = functools.partial(jaxprs.trace, fn, params, X)
+    only = functools.partial(_jaxprs.trace, fn, params, X)
     program = only(where=lambda path, leaf: path == "kernel")
     assert len(program.equations) == 1
     with pytest.raises(ValueError, match=r"no product of 'unused/kernel'"):
@@ -180,9 +180,9 @@ def test_lookups_are_ignored():
     def fn(params, tokens):
         return params["table"][tokens] @ params["kernel"]
 
-    program = jaxprs.trace(fn, params, jnp.array([1, 2]))
+    program = _jaxprs.trace(fn, params, jnp.array([1, 2]))
     assert [p.name for p in program.products] == ["kernel"]
-    tied = jaxprs.trace(lambda p, t: fn(p, t) @ p["table"].T, params, jnp.array([1, 2]))
+    tied = _jaxprs.trace(lambda p, t: fn(p, t) @ p["table"].T, params, jnp.array([1, 2]))
     assert [p.name for p in tied.products] == ["kernel", "table"]
 
 
@@ -210,12 +210,12 @@ REFUSED = {
 def test_what_cannot_be_read_is_refused_with_its_path(name):
     expected = "reduce_sum" if name == "add" else name
     with pytest.raises(ValueError, match=f"'kernel' is used by `{expected}`.*where"):
-        jaxprs.trace(REFUSED[name], {"kernel": W}, X)
+        _jaxprs.trace(REFUSED[name], {"kernel": W}, X)
 
 
 def test_selecting_nothing_lists_the_paths():
     with pytest.raises(ValueError, match=r"selects no leaf.*: bias\."):
-        jaxprs.trace(lambda p, x: x + p["bias"], {"bias": jnp.ones(6)}, X)
+        _jaxprs.trace(lambda p, x: x + p["bias"], {"bias": jnp.ones(6)}, X)
 
 
 def test_equal_equations_have_equal_keys():
@@ -224,14 +224,14 @@ def test_equal_equations_have_equal_keys():
             x = jax.nn.relu(jax.nn.gelu(x @ params[f"kernel{i}"]) * 2.0)
         return x * 3.0
 
-    program = jaxprs.trace(fn, {"kernel0": W, "kernel1": W}, X)
+    program = _jaxprs.trace(fn, {"kernel0": W, "kernel1": W}, X)
     keys = [e.operation.key for e in program.equations]
     half = (len(keys) - 1) // 2
     assert keys[:half] == keys[half:-1]
     assert len({*keys}) < len(keys)
     # Numbers written into the program count, even where only the sign of zero tells them apart.
     a, b = (
-        jaxprs.trace(lambda p, x, z=z: (x @ p["kernel"]) / z, {"kernel": W}, X).equations[-1]
+        _jaxprs.trace(lambda p, x, z=z: (x @ p["kernel"]) / z, {"kernel": W}, X).equations[-1]
         for z in (0.0, -0.0)
     )
     assert a.operation.key != b.operation.key
@@ -243,6 +243,6 @@ def test_leaves_that_are_no_arrays_are_passed_on():
     def fn(params, x):
         return params["activation"](x @ params["kernel"]) ** params["power"]
 
-    program = jaxprs.trace(fn, params, X)
+    program = _jaxprs.trace(fn, params, X)
     assert len(program.params) == 1
     np.testing.assert_allclose(run(program, {"k": W}, X)[0], fn(params, X), rtol=1e-5)

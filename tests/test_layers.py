@@ -10,13 +10,22 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "prunax"
 LAYERS = [
-    {"trees", "tables"},
-    {"counts", "scores", "patterns", "penalties", "selection", "schedules", "packing", "programs"},
-    {"allocation", "jaxprs"},
-    {"masks", "report", "guard"},
+    {"trees"},
+    {
+        "_counts",
+        "scores",
+        "patterns",
+        "penalties",
+        "_selection",
+        "schedules",
+        "_packing",
+        "_jaxprs",
+    },
+    {"allocation"},
+    {"masks", "reports"},
     {"transforms"},
-    {"initialization", "lottery", "calibration", "structured", "export", "plots"},
-    {"search", "pages"},
+    {"initialization", "lottery", "calibration", "structured", "export"},
+    {"search"},
     {"cli"},
     {"__main__"},
 ]

@@ -11,9 +11,9 @@ from jax import export
 
 import prunax
 from prunax import (
+    _packing,
     allocation,
     initialization,
-    packing,
     patterns,
     penalties,
     schedules,
@@ -91,8 +91,8 @@ FUNCTIONS = {
         PARAMS,
         MASKS,
     ),
-    "pack": (packing.pack, MASKS["first"]["kernel"]),
-    "unpack": (lambda p: packing.unpack(p, (16, 8)), jnp.zeros((2, 8), jnp.uint8)),
+    "pack": (_packing.pack, MASKS["first"]["kernel"]),
+    "unpack": (lambda p: _packing.unpack(p, (16, 8)), jnp.zeros((2, 8), jnp.uint8)),
     "magnitude": (scores.magnitude, PARAMS),
     "gradient": (scores.gradient, PARAMS, PARAMS),
     "saliency": (scores.saliency, PARAMS, PARAMS),

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import prunax
-from prunax import pages, patterns, plots, schedules
+from prunax import patterns, reports, schedules
+from prunax.reports import plots
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # matplotlib's own
 
@@ -105,7 +106,7 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch):
 def test_page_is_one_file_that_escapes_and_warns():
     masks = jax.tree.map(jnp.zeros_like, MASKS["conv"]) | {}
     broken = {**PARAMS, "conv": {"kernel": PARAMS["conv"]["kernel"].at[0, 0, 0, 0].set(jnp.nan)}}
-    page = pages.report_page(
+    page = reports.report_page(
         broken,
         {**MASKS, "conv": masks},
         title="<b>",
@@ -120,7 +121,7 @@ def test_page_is_one_file_that_escapes_and_warns():
 
 def test_page_names_a_section_of_the_wrong_kind():
     with pytest.raises(TypeError, match="'More' must be text, a matplotlib figure"):
-        pages.report_page(PARAMS, MASKS, sections={"More": 3})
+        reports.report_page(PARAMS, MASKS, sections={"More": 3})
 
 
 def test_a_notebook_shows_the_figure_without_pyplot():

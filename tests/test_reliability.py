@@ -128,7 +128,7 @@ def test_layers_that_collapse_are_reported():
     masks = prunax.compute_masks(params, 0.3, allocation=allocation.global_ranking)
     summary = prunax.summarize(params, masks)
     assert [leaf.path for leaf in summary.leaves if leaf.kept == 0] == ["narrow/kernel"]
-    (finding,) = prunax.guard.screen_params(params, masks)
+    (finding,) = prunax.reports.screen_params(params, masks)
     assert (finding.path, finding.kind) == ("narrow/kernel", "empty")
 
 

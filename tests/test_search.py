@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
 import prunax
-from prunax import allocation, counts, masks, patterns, search, structured
+from prunax import _counts, allocation, masks, patterns, search, structured
 from prunax.search import budgets
 from prunax.search.structures import words
 
@@ -252,7 +252,7 @@ def test_total_is_exact_where_weights_cost_the_same(sparsity, seed):
     rng = np.random.default_rng(seed)
     pruned = budgets._fitted(structures, rng.uniform(0, structures.sizes), target)
     for _ in range(5):
-        assert pruned.sum() == counts.num_pruned(sparsity, 200)
+        assert pruned.sum() == _counts.num_pruned(sparsity, 200)
         pruned = budgets._mutated(structures, pruned, target, rng)
 
 

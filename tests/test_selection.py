@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.tree_util import Partial
 
-from prunax import counts, selection
+from prunax import _counts, _selection
 
 
 def reference(scores, pools, pruned):
@@ -29,7 +29,7 @@ def reference(scores, pools, pruned):
 
 
 def check(scores, pools, pruned):
-    got = selection.keep_largest(scores, pools, pruned)
+    got = _selection.keep_largest(scores, pools, pruned)
     for g, expected in zip(got, reference(scores, pools, pruned), strict=True):
         assert np.array_equal(g, expected)
 
@@ -56,10 +56,10 @@ HARD = {
 @pytest.mark.parametrize("name", HARD)
 def test_hard_inputs(name):
     x = jnp.asarray(HARD[name].reshape(60, 50), jnp.float32)
-    select = jax.jit(lambda x, k: selection.keep_largest([x], [(0,)], [k])[0])
+    select = jax.jit(lambda x, k: _selection.keep_largest([x], [(0,)], [k])[0])
     for k in (0, 1, 700, N // 2, 2999, N):
         expected = reference([x], [(0,)], [k])[0]
-        assert np.array_equal(select(x, counts.as_count(k)), expected), k
+        assert np.array_equal(select(x, _counts.as_count(k)), expected), k
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "int32", "uint8", "bool"])
@@ -67,7 +67,7 @@ def test_dtypes(dtype):
     x = jnp.asarray(RNG.integers(0, 2 if dtype == "bool" else 40, (23, 31)), dtype)
     check([x], [(0,)], [400])
     for axis in (0, 1):
-        got = selection.keep_largest_along(x, axis, 9)
+        got = _selection.keep_largest_along(x, axis, 9)
         slices = np.moveaxis(np.asarray(x, np.float64), axis, 0).reshape(x.shape[axis], -1)
         masks = np.moveaxis(np.asarray(got), axis, 0).reshape(x.shape[axis], -1)
         for column, mask in zip(slices.T, masks.T, strict=True):
@@ -90,13 +90,13 @@ SLICES = {
 @pytest.mark.parametrize("name", SLICES)
 def test_slices_are_contests_of_their_own(name, axis):
     x = jnp.asarray(SLICES[name], jnp.float32)
-    select = jax.jit(lambda x, k: selection.keep_largest_along(x, axis, k))
+    select = jax.jit(lambda x, k: _selection.keep_largest_along(x, axis, k))
     n = x.shape[axis]
     order = np.where(np.isnan(x), np.float32(-1e30), x)  # below every number here
     ranks = np.argsort(np.argsort(-order, axis=axis, kind="stable"), axis=axis, kind="stable")
     for k in (0, 1, n // 2, n - 1, n):
         assert np.array_equal(select(x, jnp.int32(k)), ranks < n - k), k
-        lazy = selection.keep_largest_along(Partial(jnp.negative, -x), axis, k)
+        lazy = _selection.keep_largest_along(Partial(jnp.negative, -x), axis, k)
         assert np.array_equal(lazy, ranks < n - k), k
 
 
@@ -122,15 +122,15 @@ def test_many_arrays_at_once():
 
 def test_functions_stand_for_their_values():
     w = jnp.asarray(RNG.standard_normal((20, 30)), jnp.float32)
-    (lazy,) = selection.keep_largest([Partial(jnp.abs, w)], [(0,)], [450])
-    (direct,) = selection.keep_largest([jnp.abs(w)], [(0,)], [450])
+    (lazy,) = _selection.keep_largest([Partial(jnp.abs, w)], [(0,)], [450])
+    (direct,) = _selection.keep_largest([jnp.abs(w)], [(0,)], [450])
     assert np.array_equal(lazy, direct)
 
 
 def test_nothing_as_large_as_the_scores_is_stored():
     w = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
     compiled = (
-        jax.jit(lambda w: selection.keep_largest([Partial(jnp.abs, w)], [(0,)], [900_000])[0])
+        jax.jit(lambda w: _selection.keep_largest([Partial(jnp.abs, w)], [(0,)], [900_000])[0])
         .lower(w)
         .compile()
     )
@@ -144,7 +144,7 @@ def test_vmap_over_the_number_pruned():
     x = jnp.asarray(RNG.standard_normal((12, 11)), jnp.float32)
     ks = jnp.arange(0, 133, 12, dtype=jnp.uint32)
     masks = jax.vmap(
-        lambda k: selection.keep_largest([x], [(0,)], [counts.Count(jnp.uint32(0), k)])[0]
+        lambda k: _selection.keep_largest([x], [(0,)], [_counts.Count(jnp.uint32(0), k)])[0]
     )(ks)
     for mask, k in zip(masks, ks, strict=True):
         assert np.array_equal(mask, reference([x], [(0,)], [int(k)])[0])
@@ -155,7 +155,7 @@ def test_vmap_over_the_number_pruned():
 )
 def test_traced_number_pruned_is_exact_at_any_size(n):
     values = [0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 0.99, 0.999, 1.0, 1 / 3, 2 / 7, 1e-9]
-    got = jax.jit(lambda s: counts.num_pruned(s, n))(jnp.asarray(values, jnp.float32))
+    got = jax.jit(lambda s: _counts.num_pruned(s, n))(jnp.asarray(values, jnp.float32))
     for s, high, low in zip(values, got.high, got.low, strict=True):
         # What has up to six decimals is meant as such; anything else is the float32 that it is.
         meant = Fraction(str(s)) if round(s, 6) == s else Fraction(float(np.float32(s)))
@@ -167,14 +167,14 @@ def test_two_word_arithmetic(a, b):
     def value(c):
         return (int(c.high) << 32) + int(c.low)
 
-    x, y = (counts.Count(*map(jnp.asarray, counts.as_count(n))) for n in (a, b))
-    assert value(counts.add(x, y)) == a + b
-    assert bool(counts.less(x, y)) == (a < b)
+    x, y = (_counts.Count(*map(jnp.asarray, _counts.as_count(n))) for n in (a, b))
+    assert value(_counts.add(x, y)) == a + b
+    assert bool(_counts.less(x, y)) == (a < b)
     if a >= b:
-        assert value(counts.subtract(x, y)) == a - b
-    assert value(counts.minimum(x, y)) == min(a, b)
-    total = counts.exact_sum(
-        counts.Count(jnp.stack([x.high, y.high]), jnp.stack([x.low, y.low])), jnp.sum, True
+        assert value(_counts.subtract(x, y)) == a - b
+    assert value(_counts.minimum(x, y)) == min(a, b)
+    total = _counts.exact_sum(
+        _counts.Count(jnp.stack([x.high, y.high]), jnp.stack([x.low, y.low])), jnp.sum, True
     )
     assert value(total) == (a + b) % 2**64
 
@@ -204,7 +204,7 @@ def test_sharded_selection_moves_counts_only(kind, spec):
 
             @jax.jit
             def select(arrays, pools=pools, pruned=pruned):
-                return selection.keep_largest(list(arrays), pools, pruned)
+                return _selection.keep_largest(list(arrays), pools, pruned)
 
             text = select.lower(arrays).compile().as_text()
             for collective in ("all-gather", "all-to-all", "collective-permute"):

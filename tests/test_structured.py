@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prunax
-from prunax import plots, structured
+from prunax import structured
+from prunax.reports import plots
 
 # The groups whose removal is more than their absence, for each network.
 CHANGED = {

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from prunax import jaxprs
+from prunax import _jaxprs
 
 __all__ = ["ConvLayout", "DotLayout", "Layout", "layout_of"]
 
@@ -151,7 +151,7 @@ class ConvLayout(NamedTuple):
 Layout = DotLayout | ConvLayout
 
 
-def layout_of(program: jaxprs.Program, product: jaxprs.Product) -> tuple[Layout, int]:
+def layout_of(program: _jaxprs.Program, product: _jaxprs.Product) -> tuple[Layout, int]:
     """Read the layout of a product.
 
     Args:
@@ -168,7 +168,7 @@ def layout_of(program: jaxprs.Program, product: jaxprs.Product) -> tuple[Layout,
     Examples:
         >>> import jax.numpy as jnp, prunax
         >>> params = {"kernel": jnp.ones((4, 3))}
-        >>> program = prunax.jaxprs.trace(lambda p, x: x @ p["kernel"], params, jnp.ones((2, 4)))
+        >>> program = prunax._jaxprs.trace(lambda p, x: x @ p["kernel"], params, jnp.ones((2, 4)))
         >>> layout, _ = prunax.calibration.layouts.layout_of(program, program.products[0])
         >>> layout.shape
         (1, 4, 3)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prunax import jaxprs, trees
+from prunax import _jaxprs, trees
 from prunax.calibration import layouts
 
 __all__ = ["Plan", "Problem", "Segment", "Stage"]
@@ -31,7 +31,7 @@ class Problem(NamedTuple):
 
     name: str
     leaf: int
-    view: jaxprs.View
+    view: _jaxprs.View
     layout: layouts.Layout
     products: tuple[int, ...]
 
@@ -69,7 +69,7 @@ class Segment:
 
     def __init__(
         self,
-        program: jaxprs.Program,
+        program: _jaxprs.Program,
         equations: Sequence[int],
         inputs: Sequence[int],
         outputs: Sequence[int],
@@ -110,7 +110,7 @@ class Segment:
         picked = iter(picks)
         for operation, before, after in self.equations:
             operands = [values[n] for n in before]
-            if isinstance(operation, jaxprs.Pick):
+            if isinstance(operation, _jaxprs.Pick):
                 operands.append(next(picked))
             results = operation(*operands)
             values |= dict(zip(after, results, strict=True))
@@ -153,13 +153,13 @@ class Plan(NamedTuple):
         selected: Ids of the selected leaves.
     """
 
-    program: jaxprs.Program
+    program: _jaxprs.Program
     problems: list[Problem]
     stages: list[Stage]
     selected: list[int]
 
 
-def make_plan(function: str, program: jaxprs.Program) -> Plan:
+def make_plan(function: str, program: _jaxprs.Program) -> Plan:
     """Find the problems of a program and the stages between them.
 
     Args:
@@ -208,7 +208,7 @@ def make_plan(function: str, program: jaxprs.Program) -> Plan:
                 Segment(program, equations, inputs, outputs),
                 tuple(inputs),
                 tuple(kept[stage]),
-                tuple(e.pick for e in chosen if isinstance(e.operation, jaxprs.Pick)),
+                tuple(e.pick for e in chosen if isinstance(e.operation, _jaxprs.Pick)),
                 tuple(reads),
                 tuple(reads.values()),
                 tuple((problem_of[s], (read[s][1], read[s][0].reading)) for s in own),
@@ -225,7 +225,7 @@ def make_plan(function: str, program: jaxprs.Program) -> Plan:
     return Plan(program, problems, stages, selected)
 
 
-def _varying(program: jaxprs.Program) -> set[int]:
+def _varying(program: _jaxprs.Program) -> set[int]:
     """Values that depend on the batch. Others are computed where they are used, and never kept."""
     varying = set(program.args)
     for equation in program.equations:
@@ -235,7 +235,7 @@ def _varying(program: jaxprs.Program) -> set[int]:
 
 
 def _ancestors(
-    program: jaxprs.Program, made_by: dict[int, int], computed: dict[int, int], targets: list[int]
+    program: _jaxprs.Program, made_by: dict[int, int], computed: dict[int, int], targets: list[int]
 ) -> tuple[list[int], list[int]]:
     """The equations that targets still need, in order, and the values that these read from outside."""
     equations: set[int] = set()
@@ -256,7 +256,7 @@ def _ancestors(
 
 
 def _stage_of_products(
-    program: jaxprs.Program, inputs: list[int], problems: list[Problem], problem_of: dict[int, int]
+    program: _jaxprs.Program, inputs: list[int], problems: list[Problem], problem_of: dict[int, int]
 ) -> list[int]:
     """The stage at which each product's inputs are read: after the problems that they depend on are solved.
 
@@ -285,7 +285,7 @@ def _stage_of_products(
 
 
 def _problems(
-    function: str, program: jaxprs.Program, read: list[tuple[layouts.Layout, int]]
+    function: str, program: _jaxprs.Program, read: list[tuple[layouts.Layout, int]]
 ) -> list[Problem]:
     """Join products of the same weights to one problem, and refuse those that share a part of theirs."""
     problems: list[Problem] = []
@@ -347,7 +347,7 @@ def _check_cover(function: str, path: str, shape: tuple[int, ...], problems: lis
         )
 
 
-def _array_places(program: jaxprs.Program) -> list[int]:
+def _array_places(program: _jaxprs.Program) -> list[int]:
     """Places of the array leaves among all leaves of the params."""
     leaves = jax.tree.leaves(program.selection.params)
     return [i for i, leaf in enumerate(leaves) if trees.is_array(leaf)]
@@ -366,7 +366,7 @@ def _pick(leaf: jax.Array, picks: Sequence[Any]) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames=("steps", "layout"))
 def _read(leaf: jax.Array, picks: Sequence[Any], *, steps: Any, layout: Any) -> jax.Array:
-    return layout.matrices(jaxprs.View(0, (), steps).rearrange(_pick(leaf, picks)))
+    return layout.matrices(_jaxprs.View(0, (), steps).rearrange(_pick(leaf, picks)))
 
 
 @functools.partial(jax.jit, static_argnames=("steps", "layout"), donate_argnums=0)
@@ -376,7 +376,7 @@ def _write(
     dtype = trees.wide_dtype(leaf.dtype)
     base = _pick(leaf, picks).astype(dtype)
     # A view takes elements from places; its transpose puts elements in those places, and zeros elsewhere.
-    put = jax.linear_transpose(jaxprs.View(0, (), steps).rearrange, base)
+    put = jax.linear_transpose(_jaxprs.View(0, (), steps).rearrange, base)
     weight = layout.weight(matrices.astype(dtype))
     (values,), (covered,) = put(weight), put(jnp.ones_like(weight))
     base = jnp.where(covered > 0, values, base).astype(leaf.dtype)
@@ -389,4 +389,4 @@ def _write(
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("steps", "layout"))
 def _order(shape: tuple[int, ...], *, steps: Any, layout: Any) -> jax.Array:
     index = jnp.arange(int(np.prod(shape)), dtype=jnp.int32).reshape(shape)
-    return layout.matrices(jaxprs.View(0, (), steps).rearrange(index))
+    return layout.matrices(_jaxprs.View(0, (), steps).rearrange(index))

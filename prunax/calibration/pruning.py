@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from prunax import _counts, patterns, schedules, trees
 from prunax import allocation as allocations
-from prunax import counts, patterns, schedules, trees
 from prunax import masks as mask_trees
 from prunax.calibration import plans, solver, stages
 
@@ -509,7 +509,7 @@ def _each(
 @functools.partial(jax.jit, static_argnames="pattern")
 def _wanda(weights: jax.Array, total: jax.Array, budget: Any, *, pattern: Any) -> Solved:
     scores = solver.wanda_scores(weights, jnp.sqrt(total))
-    budget = counts.Count(jnp.uint32(0), jnp.asarray(budget).astype(jnp.uint32))
+    budget = _counts.Count(jnp.uint32(0), jnp.asarray(budget).astype(jnp.uint32))
     (mask,) = mask_trees.select_masks(
         [scores], [budget], pattern=pattern, structure=(((0,),), None)
     )

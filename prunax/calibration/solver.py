@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.linalg import solve_triangular
 
-from prunax import counts, patterns, selection, trees
+from prunax import _counts, _selection, patterns, trees
 
 __all__ = [
     "Factor",
@@ -235,9 +235,9 @@ def _choose(
         return jnp.ones(rows.shape, jnp.bool_)
     scores = jnp.where(padded[:, None], jnp.inf, jnp.square(rows / diagonal[:, None]))
     if isinstance(pattern, patterns.ConstantFanIn):
-        return selection.keep_largest_along(scores, 0, k)
-    count = counts.Count(jnp.uint32(0), k.astype(jnp.uint32))
-    return selection.keep_largest([scores], [(0,)], [count])[0]
+        return _selection.keep_largest_along(scores, 0, k)
+    count = _counts.Count(jnp.uint32(0), k.astype(jnp.uint32))
+    return _selection.keep_largest([scores], [(0,)], [count])[0]
 
 
 def _prune_panels(
@@ -257,7 +257,7 @@ def _prune_panels(
         own = jax.lax.dynamic_slice_in_dim(columns, start, panel)
         diagonal = jnp.diagonal(own)
         if isinstance(pattern, patterns.NM):
-            kept = selection.keep_largest_along(jnp.square(part / diagonal[:, None]), 0, k)
+            kept = _selection.keep_largest_along(jnp.square(part / diagonal[:, None]), 0, k)
 
         def prune_input(j: jax.Array, state: tuple[jax.Array, jax.Array]) -> Any:
             part, errors = state
@@ -500,12 +500,12 @@ def admm(
 def _largest(pattern: patterns.Pattern, scores: jax.Array, k: jax.Array) -> jax.Array:
     """Keep the largest scores of a matrix: all but k of it, of each output, or of each group."""
     if isinstance(pattern, patterns.Unstructured):
-        count = counts.Count(jnp.uint32(0), k.astype(jnp.uint32))
-        return selection.keep_largest([scores], [(0,)], [count])[0]
+        count = _counts.Count(jnp.uint32(0), k.astype(jnp.uint32))
+        return _selection.keep_largest([scores], [(0,)], [count])[0]
     if isinstance(pattern, patterns.NM):
         groups = scores.reshape(-1, pattern.m, scores.shape[-1])
-        return selection.keep_largest_along(groups, 1, k).reshape(scores.shape)
-    return selection.keep_largest_along(scores, 0, k)
+        return _selection.keep_largest_along(groups, 1, k).reshape(scores.shape)
+    return _selection.keep_largest_along(scores, 0, k)
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:

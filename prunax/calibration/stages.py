@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prunax import jaxprs, trees
+from prunax import _jaxprs, trees
 from prunax.calibration import layouts, plans
 
 __all__ = ["Task"]
@@ -181,7 +181,7 @@ class _Plans:
         return self.known[key]
 
     def _make(self, batch: Any) -> plans.Plan:
-        program = jaxprs.trace(self.fn, self.params, batch, where=self.where)
+        program = _jaxprs.trace(self.fn, self.params, batch, where=self.where)
         made = plans.make_plan(self.function, program)
         for other in self.known.values():
             if [p.name for p in other.problems] != [p.name for p in made.problems]:

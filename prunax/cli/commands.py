@@ -22,8 +22,8 @@ from prunax.cli.sources import (
     printable,
 )
 from prunax.export.store import readable
-from prunax.report import LeafSummary, Summary
-from prunax.tables import Table
+from prunax.reports._summary import LeafSummary, Summary
+from prunax.reports._tables import Table
 
 __all__: list[str] = []
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from prunax.reports._tables import Table, Tabular
 from prunax.search.budgets import ways
 from prunax.search.curves import (
     SPARSITIES,
@@ -18,7 +19,6 @@ from prunax.search.curves import (
 )
 from prunax.search.losses import Losses, LossFn
 from prunax.search.structures import Structures, leaves
-from prunax.tables import Table, Tabular
 
 __all__ = ["Decision", "Found", "max_sparsity"]
 

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from prunax import schedules
+from prunax.reports._tables import Table, Tabular
 from prunax.search.curves import (
     SPARSITIES,
     Sensitivity,
@@ -20,7 +21,6 @@ from prunax.search.curves import (
 )
 from prunax.search.losses import Losses, LossFn
 from prunax.search.structures import Structures, leaves
-from prunax.tables import Table, Tabular
 
 __all__ = ["Allocated", "allocate"]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from prunax import jaxprs, trees
+from prunax import _jaxprs, trees
 from prunax.structured import count_flops
 
 __all__ = ["bytes_per_weight", "flops_per_weight"]
@@ -61,7 +61,7 @@ def flops_per_weight(
         >>> cost("kernel", params["kernel"])
         10.0
     """
-    program = jaxprs.trace(fn, params, *args, where=where)
+    program = _jaxprs.trace(fn, params, *args, where=where)
     totals = dict.fromkeys(program.selection.paths, 0.0)
     for product in program.products:
         equation = program.equations[product.equation]

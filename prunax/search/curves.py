@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from prunax import schedules
+from prunax.reports._tables import Table, Tabular
 from prunax.search.losses import Losses, LossFn
 from prunax.search.structures import Structures, leaves
-from prunax.tables import Table, Tabular
 
 __all__ = ["SPARSITIES", "Sensitivity", "sensitivity"]
 

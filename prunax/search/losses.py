@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prunax import counts, masks, trees
+from prunax import _counts, masks, trees
 from prunax.search.structures import Structures, words
 
 __all__ = ["Losses"]
@@ -51,7 +51,7 @@ class Losses:
                 full[i] = value
             return treedef.unflatten(full)
 
-        def loss(values: Sequence[Any], scores: Any, num_pruned: counts.Count) -> jax.Array:
+        def loss(values: Sequence[Any], scores: Any, num_pruned: _counts.Count) -> jax.Array:
             pruned = self.structures.build(scores, num_pruned)
             return loss_fn(masks.apply_masks(whole(values), pruned))
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
+from prunax import _counts, _selection, masks, patterns, trees
 from prunax import allocation as allocations
-from prunax import counts, masks, patterns, selection, trees
 from prunax.search.costs import Cost
 from prunax.structured import AxisGroup, prunable_groups
 from prunax.structured.prune import ranked_units
@@ -35,7 +35,7 @@ class Structures:
         steps: How many go together at the least.
         unit_costs: What one unit costs: weights, or what `cost` counts.
         scores: What ranks the units; arguments of `build`.
-        build: ``build(scores, num_pruned) -> masks``, pure; `num_pruned` is a `counts.Count` of arrays that may be
+        build: ``build(scores, num_pruned) -> masks``, pure; `num_pruned` is a `_counts.Count` of arrays that may be
             traced, one element a structure.
         starts: Plain allocations by name: ``start(sparsity)`` gives numbers of pruned units, about.
     """
@@ -46,7 +46,7 @@ class Structures:
     steps: tuple[int, ...]
     unit_costs: tuple[float, ...]
     scores: Any
-    build: Callable[[Any, counts.Count], PyTree]
+    build: Callable[[Any, _counts.Count], PyTree]
     starts: Mapping[str, Callable[[float], np.ndarray]]
 
     @property
@@ -167,7 +167,7 @@ def leaves(
         info.num_units if axis is None else pattern.unit_shape(info.shape)[axis] for info in infos
     ]
     most = pattern.max_sparsity
-    limits = [size if most is None else counts.num_pruned(most, size) for size in sizes]
+    limits = [size if most is None else _counts.num_pruned(most, size) for size in sizes]
     unit_costs = [
         _checked(cost(path, leaf) if cost else 1.0, path) * math.prod(leaf.shape) / size
         for path, leaf, size in zip(chosen.paths, chosen.leaves, sizes, strict=True)
@@ -175,7 +175,7 @@ def leaves(
     pools = tuple((i,) for i in range(len(infos)))
     treedef, indices = jax.tree.structure(params), chosen.indices
 
-    def build(scores: Any, num_pruned: counts.Count) -> PyTree:
+    def build(scores: Any, num_pruned: _counts.Count) -> PyTree:
         kept = masks.select_masks(
             scores, _each(num_pruned, len(infos)), pattern=pattern, structure=(pools, None)
         )
@@ -267,8 +267,8 @@ def channels(
     pools = tuple((i,) for i in range(len(chosen)))
     treedef = jax.tree.structure(params)
 
-    def build(scores: Any, num_pruned: counts.Count) -> PyTree:
-        kept = selection.keep_largest(scores, pools, _each(num_pruned, len(chosen)))
+    def build(scores: Any, num_pruned: _counts.Count) -> PyTree:
+        kept = _selection.keep_largest(scores, pools, _each(num_pruned, len(chosen)))
         # One more unit, always kept: that of indices which do not belong to the group.
         kept = [jnp.concatenate([units, jnp.ones(1, jnp.bool_)]) for units in kept]
         found = {}
@@ -299,13 +299,13 @@ def channels(
     )
 
 
-def words(num_pruned: np.ndarray) -> counts.Count:
+def words(num_pruned: np.ndarray) -> _counts.Count:
     """Integers as two words, for numbers that 32 bits do not hold."""
-    return counts.number(num_pruned.astype(np.uint64), wide=True)
+    return _counts.number(num_pruned.astype(np.uint64), wide=True)
 
 
-def _each(num_pruned: counts.Count, length: int) -> list[counts.Count]:
-    return [counts.Count(num_pruned.high[i], num_pruned.low[i]) for i in range(length)]
+def _each(num_pruned: _counts.Count, length: int) -> list[_counts.Count]:
+    return [_counts.Count(num_pruned.high[i], num_pruned.low[i]) for i in range(length)]
 
 
 def _put(treedef: Any, own: Mapping[int, jax.Array]) -> PyTree:
@@ -343,14 +343,14 @@ def _shared_out(
     if all(len(pool.leaves) == 1 for pool in pools) and rescale is None:
         for pool in pools:
             (i,) = pool.leaves
-            pruned[i] = counts.num_pruned(min(max(float(pool.sparsity), 0.0), 1.0), sizes[i])
+            pruned[i] = _counts.num_pruned(min(max(float(pool.sparsity), 0.0), 1.0), sizes[i])
         return pruned
     units = list(scores)
     if pattern != patterns.Unstructured() or rescale is not None:
-        units = [pattern.pool(selection.value_of(s)) for s in scores]
+        units = [pattern.pool(_selection.value_of(s)) for s in scores]
     if rescale is not None:
         units = [rescale(u) for u in units]
-    kept = selection.keep_largest(
+    kept = _selection.keep_largest(
         units, [pool.leaves for pool in pools], [pool.num_pruned for pool in pools]
     )
     return np.array([mask.size - int(jnp.count_nonzero(mask)) for mask in kept], np.int64)

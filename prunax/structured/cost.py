@@ -8,7 +8,8 @@ from typing import Any
 import jax
 from jax.extend.core import Jaxpr
 
-from prunax import programs, trees
+from prunax import trees
+from prunax._jaxprs import programs
 
 __all__ = ["count_flops", "count_parameters", "latency"]
 

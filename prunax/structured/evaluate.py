@@ -9,8 +9,7 @@ import numpy as np
 from jax import lax
 from jax.extend.core import JaxprEqn, Literal, Var, jaxpr_as_fun
 
-from prunax import programs
-from prunax.jaxprs import scan_arity
+from prunax._jaxprs import programs, scan_arity
 from prunax.structured import axes
 from prunax.structured.axes import Axis, Incompatible
 from prunax.structured.rules import CALLS, RULES

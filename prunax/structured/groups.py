@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from prunax import programs, trees
+from prunax import trees
+from prunax._jaxprs import programs
+from prunax.reports._tables import rendered
 from prunax.structured import axes, zeros
 from prunax.structured.axes import Axis, Frozen, Position
 from prunax.structured.rules import RULES
 from prunax.structured.walk import Trace, Value, View, Walk, walk
-from prunax.tables import rendered
 
 __all__ = ["AxisGroup", "Explanation", "Leaf", "Member", "axis_groups", "explain"]
 

@@ -12,8 +12,7 @@ from typing import Any
 
 from jax.extend.core import JaxprEqn
 
-from prunax import programs
-from prunax.jaxprs import scan_arity
+from prunax._jaxprs import programs, scan_arity
 from prunax.structured import axes
 from prunax.structured.axes import Axis, Incompatible
 from prunax.structured.walk import Rule, Value, View, Walk, shape_of

@@ -12,7 +12,7 @@ import jax
 from jax.extend.core import JaxprEqn, Literal
 from jax.extend.source_info_util import summarize
 
-from prunax import programs
+from prunax._jaxprs import programs
 from prunax.structured import axes
 from prunax.structured.axes import Axis, Frozen
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.extend.core import JaxprEqn, Literal
 
-from prunax.jaxprs import scan_arity
+from prunax._jaxprs import scan_arity
 from prunax.structured import axes
 from prunax.structured.axes import Axis
 from prunax.structured.rules import ALONG_AXIS, CALLS, REDUCTIONS, SCATTERS, WINDOWS

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from prunax import _counts, patterns, schedules, trees
 from prunax import allocation as allocations
-from prunax import counts, patterns, schedules, trees
 from prunax import masks as mask_functions
 from prunax import scores as score_functions
 from prunax.transforms.masked import Ranking, any_nan, train_masked
@@ -149,7 +149,7 @@ def dynamic_sparse(
             drops, grows = score(drop, "drop scores"), score(grow, "grow scores")
             f = fraction(count)
             lowered = [
-                counts.add(budget, counts.num_pruned(f, size - budget))
+                _counts.add(budget, _counts.num_pruned(f, size - budget))
                 for budget, size in zip(plan.budgets, plan.sizes, strict=True)
             ]
             active = [jnp.where(m, s, -jnp.inf) for m, s in zip(masks, drops, strict=True)]

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from prunax import counts, packing, patterns, schedules, trees
+from prunax import _counts, _packing, patterns, schedules, trees
 from prunax import masks as mask_functions
 from prunax import scores as score_functions
 
@@ -78,10 +78,10 @@ def train_masked(
     inner = optax.with_extra_args_support(inner)
 
     def pack(mask: jax.Array) -> jax.Array:
-        return packing.pack(mask) if packed else mask
+        return _packing.pack(mask) if packed else mask
 
     def unpack(stored: jax.Array, leaf: jax.Array) -> jax.Array:
-        return packing.unpack(stored, leaf.shape) if packed else stored
+        return _packing.unpack(stored, leaf.shape) if packed else stored
 
     def init(params: PyTree) -> PruneState:
         def mask(path: Any, leaf: Any) -> jax.Array:
@@ -212,7 +212,7 @@ def unpack_masks(masks: PyTree, params: PyTree) -> PyTree:
     leaves, treedef = jax.tree.flatten(params)
     packed = trees.leaves_like("unpack_masks", "masks", masks, params)
     return treedef.unflatten(
-        packing.unpack(m, leaf.shape) if m.dtype == jnp.uint8 else m
+        _packing.unpack(m, leaf.shape) if m.dtype == jnp.uint8 else m
         for m, leaf in zip(packed, leaves, strict=True)
     )
 
@@ -233,7 +233,9 @@ def plan_at(
     final = mask_functions.plan(leaves, schedule.target, allocation=allocation, pattern=pattern)
     reached = sparsity == jnp.float32(schedule.target)
     budgets = [
-        jax.tree.map(lambda f, n: jnp.where(reached, f, n), counts.as_count(f), counts.as_count(n))
+        jax.tree.map(
+            lambda f, n: jnp.where(reached, f, n), _counts.as_count(f), _counts.as_count(n)
+        )
         for f, n in zip(final.budgets, now.budgets, strict=True)
     ]
     return now._replace(budgets=budgets)
@@ -252,7 +254,7 @@ def _check_shapes(chosen: trees.Selection, stored: Arrays, gradients: Arrays, pa
     for path, leaf, mask, gradient in zip(
         chosen.paths, chosen.leaves, stored, gradients, strict=True
     ):
-        wanted = packing.packed_shape(leaf.shape) if packed else leaf.shape
+        wanted = _packing.packed_shape(leaf.shape) if packed else leaf.shape
         if jnp.shape(mask) != wanted:
             raise ValueError(
                 f"prune: {path!r} has shape {leaf.shape}, and the mask in the state has shape {jnp.shape(mask)} where "

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import Partial
 
+from prunax import _packing, patterns, schedules, trees
 from prunax import allocation as allocations
 from prunax import masks as mask_functions
-from prunax import packing, patterns, schedules, trees
 from prunax import scores as score_functions
 from prunax.transforms.masked import Ranking, any_nan, plan_at, train_masked
 
@@ -186,7 +186,7 @@ def fixed_masks(
         ):  # a placeholder, by which optax asks what the state looks like
             return state
         mask_functions.check_masks("fixed_masks", params, masks)
-        stored = [packing.pack(m) if packed else jnp.array(m) for m in chosen.leaves]
+        stored = [_packing.pack(m) if packed else jnp.array(m) for m in chosen.leaves]
         return state._replace(masks=chosen.put(stored, state.masks))
 
     return optax.GradientTransformationExtraArgs(init, tx.update)

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from prunax.counts import Count, Number, exact_sum, less, subtract, to_float, where
-from prunax.selection.reading import PIVOTS
+from prunax._counts import Count, Number, exact_sum, less, subtract, to_float, where
+from prunax._selection.reading import PIVOTS
 
 __all__ = ["Bracket"]
 

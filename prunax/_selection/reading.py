@@ -16,8 +16,8 @@ from jax.sharding import PartitionSpec
 from jax.tree_util import Partial
 
 from prunax import trees
-from prunax.counts import WIDE, Number, exact_sum
-from prunax.selection.keys import rank_keys
+from prunax._counts import WIDE, Number, exact_sum
+from prunax._selection.keys import rank_keys
 
 __all__ = ["Score", "value_of"]
 
@@ -39,7 +39,7 @@ def value_of(score: Score) -> Array:
     Examples:
         >>> import jax.numpy as jnp, prunax
         >>> from jax.tree_util import Partial
-        >>> prunax.selection.value_of(Partial(jnp.abs, jnp.array([-2.0, 1.0]))).tolist()
+        >>> prunax._selection.value_of(Partial(jnp.abs, jnp.array([-2.0, 1.0]))).tolist()
         [2.0, 1.0]
     """
     return score() if isinstance(score, Partial) else score

@@ -10,7 +10,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from prunax import trees
-from prunax.counts import (
+from prunax._counts import (
     WIDE,
     Count,
     Number,
@@ -23,9 +23,9 @@ from prunax.counts import (
     to_float,
     where,
 )
-from prunax.selection.keys import largest_key
-from prunax.selection.reading import Leaf, Score, count_before, describe, write_mask
-from prunax.selection.search import Bracket, cut, of_leaves, pool_totals, search, settle, start
+from prunax._selection.keys import largest_key
+from prunax._selection.reading import Leaf, Score, count_before, describe, write_mask
+from prunax._selection.search import Bracket, cut, of_leaves, pool_totals, search, settle, start
 
 __all__ = ["keep_largest"]
 
@@ -62,7 +62,7 @@ def keep_largest(
     Examples:
         >>> import jax.numpy as jnp, prunax
         >>> a, b = jnp.array([3.0, 1.0]), jnp.array([1.0, 2.0])
-        >>> prunax.selection.keep_largest([a, b], [(0, 1)], [1])
+        >>> prunax._selection.keep_largest([a, b], [(0, 1)], [1])
         [Array([ True,  True], dtype=bool), Array([False,  True], dtype=bool)]
     """
     num_pruned = [as_count(k) for k in num_pruned]

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
 
-from prunax import programs, trees
+from prunax import trees
+from prunax._jaxprs import programs
 
 __all__ = ["Equation", "Product", "Program", "View", "trace"]
 
@@ -209,7 +210,7 @@ def trace(
     Examples:
         >>> import jax.numpy as jnp, prunax
         >>> params = {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}
-        >>> program = prunax.jaxprs.trace(lambda p, x: x @ p["kernel"] + p["bias"], params, jnp.ones((2, 4)))
+        >>> program = prunax._jaxprs.trace(lambda p, x: x @ p["kernel"] + p["bias"], params, jnp.ones((2, 4)))
         >>> [product.name for product in program.products]
         ['kernel']
     """

@@ -10,9 +10,9 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from prunax.selection.keys import largest_key
-from prunax.selection.reading import PIVOTS, Leaf, Score, count_hits, describe
-from prunax.selection.search import Bracket, cut, narrow, settle, start
+from prunax._selection.keys import largest_key
+from prunax._selection.reading import PIVOTS, Leaf, Score, count_hits, describe
+from prunax._selection.search import Bracket, cut, narrow, settle, start
 
 __all__ = ["keep_largest_along"]
 
@@ -37,7 +37,7 @@ def keep_largest_along(scores: Score, axis: int, num_pruned: Any) -> Array:
 
     Examples:
         >>> import jax.numpy as jnp, prunax
-        >>> prunax.selection.keep_largest_along(jnp.array([[1.0, 4.0], [2.0, 3.0]]), 0, 1)
+        >>> prunax._selection.keep_largest_along(jnp.array([[1.0, 4.0], [2.0, 3.0]]), 0, 1)
         Array([[False,  True],
                [ True, False]], dtype=bool)
     """

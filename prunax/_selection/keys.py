@@ -22,7 +22,7 @@ def sort_keys(x: Array) -> Array:
 
     Examples:
         >>> import jax.numpy as jnp, prunax
-        >>> keys = prunax.selection.sort_keys(jnp.array([1.0, -1.0, 0.0, -0.0, jnp.nan, jnp.inf]))
+        >>> keys = prunax._selection.sort_keys(jnp.array([1.0, -1.0, 0.0, -0.0, jnp.nan, jnp.inf]))
         >>> keys.argsort().tolist()
         [4, 1, 2, 3, 0, 5]
     """

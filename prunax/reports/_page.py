@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from prunax import guard, plots, trees
-from prunax.report import summarize
+from prunax import reports, trees
+from prunax.reports import plots
+from prunax.reports._summary import summarize
 
 __all__ = ["report_page"]
 
@@ -43,7 +44,7 @@ def report_page(
             `tables.Table`), a matplotlib figure, or text.
 
     Returns:
-        The HTML: what `guard.screen_params` finds, sizes leaf by leaf, sparsity of each layer,
+        The HTML: what `reports.screen_params` finds, sizes leaf by leaf, sparsity of each layer,
         weights kept and pruned, pictures of the masks, then the sections. Nothing is loaded from elsewhere. Write it
         with ``Path(file).write_text(page)``.
 
@@ -55,7 +56,7 @@ def report_page(
     Examples:
         >>> import jax, prunax
         >>> params = {"kernel": jax.random.normal(jax.random.key(0), (16, 8))}
-        >>> page = prunax.pages.report_page(params, prunax.compute_masks(params, 0.75), title="A run")
+        >>> page = prunax.reports.report_page(params, prunax.compute_masks(params, 0.75), title="A run")
         >>> page[:15], "75.00%" in page
         ('<!doctype html>', True)
     """
@@ -85,8 +86,8 @@ def report_page(
 
 
 def _findings(params: PyTree, masks: PyTree) -> Any:
-    found = guard.screen_params(params, masks)
-    return guard.findings_table(found) if found else "Nothing unusual."
+    found = reports.screen_params(params, masks)
+    return reports.findings_table(found) if found else "Nothing unusual."
 
 
 def _section(heading: str, content: Any) -> str:

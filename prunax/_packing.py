@@ -25,7 +25,7 @@ def packed_shape(shape: Shape) -> Shape:
 
     Examples:
         >>> import prunax
-        >>> prunax.packing.packed_shape((784, 300)), prunax.packing.packed_shape((3, 3, 1, 64))
+        >>> prunax._packing.packed_shape((784, 300)), prunax._packing.packed_shape((3, 3, 1, 64))
         ((98, 300), (3, 3, 1, 8))
     """
     if not shape:
@@ -45,7 +45,7 @@ def pack(mask: jax.Array) -> jax.Array:
 
     Examples:
         >>> import jax.numpy as jnp, prunax
-        >>> prunax.packing.pack(jnp.array([[True], [False], [True]])).tolist()
+        >>> prunax._packing.pack(jnp.array([[True], [False], [True]])).tolist()
         [[5]]
     """
     if not mask.shape:
@@ -73,7 +73,7 @@ def unpack(packed: jax.Array, shape: Shape) -> jax.Array:
     Examples:
         >>> import jax.numpy as jnp, prunax
         >>> mask = jnp.array([[True], [False], [True]])
-        >>> bool((prunax.packing.unpack(prunax.packing.pack(mask), mask.shape) == mask).all())
+        >>> bool((prunax._packing.unpack(prunax._packing.pack(mask), mask.shape) == mask).all())
         True
     """
     if not packed.shape:

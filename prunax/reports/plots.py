@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prunax import trees
-from prunax.report import summarize
+from prunax.reports._summary import summarize
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,7 +43,7 @@ def layers(params: PyTree, masks: PyTree | None = None, *, title: str = "") -> "
     Examples:
         >>> import jax.numpy as jnp, prunax
         >>> params = {"kernel": jnp.ones((8, 8))}
-        >>> figure = prunax.plots.layers(params, prunax.compute_masks(params, 0.75))
+        >>> figure = prunax.reports.plots.layers(params, prunax.compute_masks(params, 0.75))
         >>> len(figure.axes)
         2
     """
@@ -96,7 +96,7 @@ def weights(
     Examples:
         >>> import jax, prunax
         >>> params = {"kernel": jax.random.normal(jax.random.key(0), (8, 8))}
-        >>> figure = prunax.plots.weights(params, prunax.compute_masks(params, 0.75))
+        >>> figure = prunax.reports.plots.weights(params, prunax.compute_masks(params, 0.75))
         >>> len(figure.axes)
         1
     """
@@ -149,7 +149,7 @@ def schedule(schedule: Any, steps: int, *, title: str = "") -> "Figure":
 
     Examples:
         >>> import prunax
-        >>> figure = prunax.plots.schedule(prunax.schedules.polynomial(0.9, 10, 90, every=10), 100)
+        >>> figure = prunax.reports.plots.schedule(prunax.schedules.polynomial(0.9, 10, 90, every=10), 100)
         >>> figure.axes[0].get_ylabel()
         'sparsity, %'
     """
@@ -202,7 +202,7 @@ def heat_map(
 
     Examples:
         >>> import prunax
-        >>> figure = prunax.plots.heat_map(["a", "b"], [0.5, 0.9], [[0.1, 0.5], [0.01, 0.02]])
+        >>> figure = prunax.reports.plots.heat_map(["a", "b"], [0.5, 0.9], [[0.1, 0.5], [0.01, 0.02]])
         >>> [text.get_text() for text in figure.axes[0].get_yticklabels()]
         ['a', 'b']
     """
@@ -257,7 +257,7 @@ def fronts(
     Examples:
         >>> import prunax
         >>> curves = {"magnitude": [(0.5, 0.98), (0.9, 0.95)], "random": [(0.5, 0.9), (0.9, 0.6)]}
-        >>> figure = prunax.plots.fronts(curves, dense=0.98)
+        >>> figure = prunax.reports.plots.fronts(curves, dense=0.98)
         >>> len(figure.axes[0].get_lines())
         3
     """
@@ -303,7 +303,7 @@ def masks(masks: PyTree, *, most: int = 12, title: str = "") -> "Figure":
         >>> import jax, prunax
         >>> params = {"kernel": jax.random.normal(jax.random.key(0), (32, 32))}
         >>> tree = prunax.compute_masks(params, 0.75, pattern=prunax.patterns.Block((8, 8)))
-        >>> prunax.plots.masks(tree).axes[0].get_title()
+        >>> prunax.reports.plots.masks(tree).axes[0].get_title()
         'kernel: 75.0% pruned'
     """
     named = zip(trees.paths(masks), jax.tree.leaves(masks), strict=True)
@@ -350,7 +350,7 @@ def groups(groups: Sequence[Any], *, title: str = "") -> "Figure":
         >>> import jax.numpy as jnp, prunax
         >>> params = {"up": jnp.ones((4, 16)), "down": jnp.ones((16, 3))}
         >>> found = prunax.structured.axis_groups(lambda p, x: x @ p["up"] @ p["down"], params, jnp.ones((2, 4)))
-        >>> figure = prunax.plots.groups(found)
+        >>> figure = prunax.reports.plots.groups(found)
         >>> [text.get_text() for text in figure.axes[0].get_yticklabels()]
         ['down[0]', 'down[1]', 'up[0]', 'up[1]']
     """
@@ -409,7 +409,9 @@ def _figure(width: float, height: float, title: str) -> "Figure":
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("prunax.plots needs matplotlib: pip install 'prunax[plots]'.") from error
+        raise ImportError(
+            "prunax.reports.plots needs matplotlib: pip install 'prunax[plots]'."
+        ) from error
     figure = Figure(figsize=(width, height), layout="constrained")
     # Notebooks draw by themselves only what pyplot made.
     setattr(figure, "_repr_png_", functools.partial(_png, figure))  # noqa: B010, pyright knows no such attribute

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prunax import trees
-from prunax.tables import Table, Tabular
+from prunax.reports._tables import Table, Tabular
 
 __all__ = ["Comparison", "LeafComparison", "LeafSummary", "Summary", "compare_masks", "summarize"]
 

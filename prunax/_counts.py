@@ -113,7 +113,7 @@ def num_pruned(sparsity: Any, n: Any) -> Any:
 
     Examples:
         >>> import prunax
-        >>> prunax.counts.num_pruned(0.5, 5), prunax.counts.num_pruned(0.5, 7)
+        >>> prunax._counts.num_pruned(0.5, 5), prunax._counts.num_pruned(0.5, 7)
         (2, 4)
     """
     if not trees.is_traced(sparsity):

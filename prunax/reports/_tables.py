@@ -20,7 +20,7 @@ class Table(NamedTuple):
 
     Examples:
         >>> import prunax
-        >>> table = prunax.tables.Table(("leaf", "weights"), [("kernel", "20")], [("total", "26")])
+        >>> table = prunax.reports.Table(("leaf", "weights"), [("kernel", "20")], [("total", "26")])
         >>> print(table.markdown())
         | leaf | weights |
         | --- | ---: |
@@ -90,9 +90,9 @@ class Tabular:
 
     Examples:
         >>> import prunax
-        >>> class Shelf(prunax.tables.Tabular):
+        >>> class Shelf(prunax.reports.Tabular):
         ...     def table(self):
-        ...         return prunax.tables.Table(("fruit", "number"), [("apples", "3")])
+        ...         return prunax.reports.Table(("fruit", "number"), [("apples", "3")])
         >>> print(Shelf().to_markdown().splitlines()[-1])
         | apples | 3 |
     """

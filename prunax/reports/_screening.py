@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prunax import trees
-from prunax.tables import Table
+from prunax.reports._tables import Table
 
 __all__ = ["Finding", "findings_table", "screen_batch", "screen_params"]
 
@@ -53,7 +53,7 @@ def screen_batch(
     Examples:
         >>> import jax.numpy as jnp, prunax
         >>> batch = {"image": jnp.array([[0.5, jnp.nan], [300.0, 0.1]]), "label": jnp.array([3, 3])}
-        >>> [(f.path, f.kind, f.number) for f in prunax.guard.screen_batch(batch, low=0.0, high=1.0)]
+        >>> [(f.path, f.kind, f.number) for f in prunax.reports.screen_batch(batch, low=0.0, high=1.0)]
         [('image', 'not finite', 1), ('image', 'out of range', 1)]
     """
     found = []
@@ -113,7 +113,7 @@ def screen_params(
     Examples:
         >>> import jax.numpy as jnp, prunax
         >>> params = {"kernel": jnp.array([[1.0, 0.0], [2.0, 0.0]])}
-        >>> for finding in prunax.guard.screen_params(params):
+        >>> for finding in prunax.reports.screen_params(params):
         ...     print(finding)
         kernel: units without weights, 1 of 2. Their outputs are constant; structural pruning can remove them.
     """
@@ -185,8 +185,8 @@ def findings_table(findings: tuple[Finding, ...]) -> Table:
 
     Examples:
         >>> import jax.numpy as jnp, prunax
-        >>> found = prunax.guard.screen_batch({"x": jnp.zeros((2, 2))})
-        >>> print(prunax.guard.findings_table(found).markdown().splitlines()[-1])
+        >>> found = prunax.reports.screen_batch({"x": jnp.zeros((2, 2))})
+        >>> print(prunax.reports.findings_table(found).markdown().splitlines()[-1])
         | x | constant | All values are equal: there is nothing to learn from it. | 4 | 4 |
     """
     rows = [(f.path, f.kind, f.detail, f"{f.number:,}", f"{f.size:,}") for f in findings]
