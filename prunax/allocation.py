@@ -270,10 +270,13 @@ def _one_each(leaves: Sequence[Leaf], sparsities: Sequence[Any]) -> tuple[Pool, 
 
 
 def _unit_rms(scores: jax.Array) -> jax.Array:
+    xp = np if isinstance(scores, np.ndarray) else jnp  # on the host where the scores are
     x = scores.astype(trees.wide_dtype(scores.dtype))
     # An infinite score stays what it is, and takes no other's place from it.
-    rms = jnp.sqrt(jnp.mean(jnp.square(x), where=jnp.isfinite(x)))
-    return x / jnp.where(rms > 0, rms, 1)
+    finite = xp.isfinite(x)
+    count = xp.maximum(xp.sum(finite), 1).astype(x.dtype)
+    rms = xp.sqrt(xp.sum(xp.square(xp.where(finite, x, 0))) / count)
+    return x / xp.where(rms > 0, rms, 1)
 
 
 def _lamp_scores(scores: jax.Array) -> jax.Array:

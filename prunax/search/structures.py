@@ -15,7 +15,7 @@ from prunax import _counts, _selection, masks, patterns, trees
 from prunax import allocation as allocations
 from prunax.search.costs import Cost
 from prunax.structured import AxisGroup, prunable_groups
-from prunax.structured.prune import ranked_units
+from prunax.structured.ranking import numbers_left, scores_of_units
 
 __all__ = ["Structures", "channels", "leaves"]
 
@@ -246,7 +246,7 @@ def channels(
     if not chosen:
         reasons = "; ".join(f"{g.name} is {g.frozen or 'not selected'}" for g in groups)
         raise ValueError(f"channels: no group may shrink: {reasons or 'there are none'}.")
-    unit_scores = ranked_units("channels", chosen, params, scores, where)
+    unit_scores = scores_of_units("channels", chosen, params, scores, where)
     ranked = [jnp.asarray(unit_scores[group], jnp.float32) for group in chosen]
     names, sizes = tuple(g.name for g in chosen), tuple(g.size for g in chosen)
     tree_leaves = dict(zip(trees.paths(params), jax.tree.leaves(params), strict=True))
@@ -280,10 +280,8 @@ def channels(
             found[leaf] = mask
         return _put(treedef, found)
 
-    infos = [allocations.Leaf(name, (size,), size) for name, size in zip(names, sizes, strict=True)]
     normalized = functools.partial(allocations.global_ranking, normalize=True)
     plain = {"uniform": allocations.uniform, "global_ranking": normalized}
-    unit = patterns.Unstructured()
     return Structures(
         names=names,
         sizes=sizes,
@@ -293,10 +291,16 @@ def channels(
         scores=ranked,
         build=build,
         starts={
-            name: functools.partial(_shared_out, a, infos, sizes, ranked, unit)
-            for name, a in plain.items()
+            name: functools.partial(_shared_out_units, a, unit_scores) for name, a in plain.items()
         },
     )
+
+
+def _shared_out_units(
+    allocation: Any, unit_scores: Mapping[AxisGroup, np.ndarray], sparsity: float
+) -> np.ndarray:
+    left = numbers_left(unit_scores, min(max(sparsity, 0.0), 1.0), allocation)
+    return np.array([group.size - count for group, count in left.items()], np.int64)
 
 
 def words(num_pruned: np.ndarray) -> _counts.Count:

@@ -3,7 +3,8 @@
 from prunax.structured.axes import Frozen, Position
 from prunax.structured.cost import count_flops, count_parameters, latency
 from prunax.structured.groups import AxisGroup, Explanation, Member, axis_groups, explain
-from prunax.structured.prune import Shrunk, group_scores, prunable_groups, prune_channels
+from prunax.structured.prune import Shrunk, prunable_groups, prune_channels
+from prunax.structured.ranking import group_scores
 from prunax.structured.rebuild import rebuild
 from prunax.structured.regularization import (
     group_lasso,

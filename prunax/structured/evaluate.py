@@ -12,7 +12,7 @@ from jax.extend.core import JaxprEqn, Literal, Var, jaxpr_as_fun
 from prunax._jaxprs import programs, scan_arity
 from prunax.structured import axes
 from prunax.structured.axes import Axis, Incompatible
-from prunax.structured.rules import CALLS, RULES
+from prunax.structured.rules import CALLS, RULES, solve_operands, while_operands
 from prunax.structured.walk import Step, Trace, Value, View, Walk, walk
 
 __all__: list[str] = []
@@ -274,6 +274,37 @@ def _cond(step: Step, keep: Keep, args: Sequence[Any]) -> Sequence[Any]:
     return lax.switch(index, [run(branch) for branch in step.inner], *args[1:])
 
 
+def _while(step: Step, keep: Keep, args: Sequence[Any]) -> Sequence[Any]:
+    test, body = step.inner
+    of_test, of_body, carry = while_operands(step.eqn, args)
+    return lax.while_loop(
+        lambda carry: evaluate(test, keep, [*of_test, *carry])[0],
+        lambda carry: tuple(evaluate(body, keep, [*of_body, *carry])),
+        tuple(carry),
+    )
+
+
+def _custom_linear_solve(step: Step, keep: Keep, args: Sequence[Any]) -> Sequence[Any]:
+    solver, product, *transposed = step.inner
+    of_product, _, of_solver, of_transposed, right = solve_operands(step.eqn, args)
+
+    def solving(program: Trace, constants: Sequence[Any]) -> Callable[..., Any]:
+        def solve(_: Any, right: Sequence[Any]) -> Any:
+            outs = evaluate(program, keep, [*constants, *right])
+            return tuple(outs[: len(right)]), tuple(outs[len(right) :])
+
+        return solve
+
+    solution, others = lax.custom_linear_solve(
+        lambda xs: tuple(evaluate(product, keep, [*of_product, *xs])),
+        tuple(right),
+        solving(solver, of_solver),
+        transpose_solve=solving(transposed[0], of_transposed) if transposed else None,
+        has_aux=True,
+    )
+    return [*solution, *others]
+
+
 # Primitives whose parameters hold sizes.
 
 
@@ -302,7 +333,20 @@ def _slice(step: Step, keep: Keep, args: Sequence[Any]) -> Sequence[Any]:
     return [x]
 
 
-_WHOLE = {"scan": _scan, "cond": _cond, "iota": _iota, "slice": _slice}
+def _tile(step: Step, keep: Keep, args: Sequence[Any]) -> Sequence[Any]:
+    sizes = zip(_shape(step.outs[0], keep), args[0].shape, strict=True)
+    return [jnp.tile(args[0], [whole // max(part, 1) for whole, part in sizes])]
+
+
+_WHOLE = {
+    "scan": _scan,
+    "cond": _cond,
+    "while": _while,
+    "custom_linear_solve": _custom_linear_solve,
+    "iota": _iota,
+    "slice": _slice,
+    "tile": _tile,
+}
 
 
 def _random_bits(step: Step, keep: Keep) -> dict[str, Any]:

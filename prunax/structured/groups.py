@@ -10,7 +10,7 @@ import numpy as np
 from prunax import trees
 from prunax._jaxprs import programs
 from prunax.reports._tables import rendered
-from prunax.structured import axes, zeros
+from prunax.structured import axes, scalars, zeros
 from prunax.structured.axes import Axis, Frozen, Position
 from prunax.structured.rules import RULES
 from prunax.structured.walk import Trace, Value, View, Walk, walk
@@ -46,6 +46,14 @@ class Member(NamedTuple):
     role: str
 
 
+class Constant(NamedTuple):
+    """An array that the function closes over, where a group's units lie on an axis of it."""
+
+    array: Any
+    axis: int
+    position: Position
+
+
 @dataclass(frozen=True)
 class AxisGroup:
     """Units that can be removed one by one, each from every member at once.
@@ -59,6 +67,9 @@ class AxisGroup:
         crosses: The reductions over the units other than products with weights, with their source lines: statistics
             of a normalisation, mostly. There, code that counts units for itself, run on the smaller parameters,
             divides by the smaller count, where `shrink_function` keeps to the number that was traced.
+        root: Whether the program multiplies two activations over the units, and divides by a root of their number, as
+            attention does with the width of its heads. Code that counts for itself divides by another root afterwards.
+        constants: Where the units lie in arrays that the function closes over; `shrink_function` makes them smaller.
         leaves: All parameters of the function.
     """
 
@@ -67,6 +78,8 @@ class AxisGroup:
     frozen: Frozen | None = None
     preserved: bool = True
     crosses: tuple[str, ...] = ()
+    root: bool = False
+    constants: tuple[Constant, ...] = field(default=(), repr=False, compare=False)
     leaves: tuple[Leaf, ...] = field(default=(), repr=False, compare=False)
 
     @property
@@ -139,6 +152,8 @@ class Analysis(NamedTuple):
         axes: Axes of each of them.
         roles: What each ``(leaf, axis)`` does.
         outputs: Structure of the function's result.
+        names: Path of each array of it.
+        contracted: Axes over which two activations are multiplied.
     """
 
     trace: Trace
@@ -146,6 +161,8 @@ class Analysis(NamedTuple):
     axes: tuple[tuple[Axis, ...], ...]
     roles: dict[tuple[int, int], set[str]]
     outputs: Any
+    names: tuple[str, ...]
+    contracted: tuple[Axis, ...]
 
 
 def axis_groups(fn: Callable[..., Any], params: PyTree, *args: Any) -> tuple[AxisGroup, ...]:
@@ -218,15 +235,30 @@ def analyse(fn: Callable[..., Any], params: PyTree, *args: Any) -> Analysis:
             values.append(Value(tuple(View(Axis(n, why)) for n in shape.shape), data=True))
     state = Walk(RULES)
     trace = walk(state, jaxpr, values)
-    return Analysis(trace, known, trace.ins[: len(known)], state.roles, jax.tree.structure(out))
+    return Analysis(
+        trace,
+        known,
+        trace.ins[: len(known)],
+        state.roles,
+        jax.tree.structure(out),
+        tuple(trees.paths(out)),
+        tuple(state.contracted),
+    )
 
 
 def freeze_outputs(analysis: Analysis) -> None:
     """Fix the size of what the function returns."""
-    for n, value in enumerate(analysis.trace.outs):
-        name = f" {n}" if len(analysis.trace.outs) > 1 else ""
+    several = len(analysis.trace.outs) > 1
+    for name, value in zip(analysis.names, analysis.trace.outs, strict=True):
+        why = "an axis of the function's output"
+        if several:
+            # A cache, mostly, or statistics.
+            why += (
+                f" {name}: to let it shrink, prune a function that does not return it, and give "
+                f"`shrink_function` this one"
+            )
         for view in value.views:
-            axes.freeze(view.axis, Frozen(f"an axis of the function's output{name}"))
+            axes.freeze(view.axis, Frozen(why))
 
 
 def groups_of(analysis: Analysis) -> tuple[AxisGroup, ...]:
@@ -239,19 +271,39 @@ def groups_of(analysis: Analysis) -> tuple[AxisGroup, ...]:
             for atom, position in axes.locate(axis):
                 members.setdefault(atom, []).append(Member(leaf.path, d, position, role))
     live = frozenset(atom for atom in members if not atom.frozen and atom.size > 1)
-    found = zeros.follow(analysis.trace, live)
+    followed = zeros.follow(analysis.trace, live)
+    constants = _constants(analysis.trace, live)
+    contracted = {atom for axis in analysis.contracted for atom in axes.atoms(axis)} & live
+    scales = scalars.multipliers(analysis.trace) if contracted else set[float]()
     return tuple(
         AxisGroup(
             atom.size,
             tuple(places),
             atom.frozen,
-            atom not in found.remains,
-            tuple(found.crosses.get(atom, {})),
+            atom not in followed.remains,
+            tuple(followed.crosses.get(atom, {})),
+            atom in contracted and scalars.has_root(scales, atom.size),
+            tuple(constants.get(atom, ())),
             analysis.leaves,
         )
         for atom, places in members.items()
         if atom.size > 1
     )
+
+
+def _constants(trace: Trace, live: frozenset[Axis]) -> dict[Axis, list[Constant]]:
+    """Where live atoms lie in the constants of a program and of those within."""
+    found: dict[Axis, list[Constant]] = {}
+    for array, where in zip(trace.jaxpr.consts, trace.consts, strict=True):
+        for d, axis in enumerate(where):
+            for atom, position in axes.locate(axis):
+                if atom in live:
+                    found.setdefault(atom, []).append(Constant(array, d, position))
+    for step in trace.steps:
+        for inner in step.inner:
+            for atom, places in _constants(inner, live).items():
+                found.setdefault(atom, []).extend(places)
+    return found
 
 
 Keep = Mapping[AxisGroup, Any]

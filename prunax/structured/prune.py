@@ -1,7 +1,7 @@
 """Choose which units of which groups to remove, and remove them."""
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -9,14 +9,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from prunax import allocation as allocations
-from prunax import masks, trees
+from prunax import trees
+from prunax._counts import num_pruned
 from prunax.structured import cost as costs
 from prunax.structured.groups import AxisGroup, axis_groups, checked_units
-from prunax.structured.shrink import shrink, shrink_function
+from prunax.structured.ranking import (
+    best_units,
+    numbers_left,
+    one_factor_an_axis,
+    rounded,
+    scores_of_units,
+)
+from prunax.structured.shrink import functions, shrink, shrink_function
 
-__all__ = ["Shrunk", "group_scores", "prunable_groups", "prune_channels"]
+__all__ = ["Shrunk", "prunable_groups", "prune_channels"]
 
 PyTree = Any
+Kept = dict[AxisGroup, np.ndarray]
 Cost = Callable[..., float]
 
 
@@ -29,12 +38,15 @@ class Shrunk(NamedTuple):
         keep: For each group that shrank the units that are left, increasing: what `shrink` and `shrink_function` take,
             for the optimizer state and for the function used in training.
         groups: All groups of the original function.
+        whole: For each group that did not shrink why: frozen by what, produced by a leaf that was not selected, another
+            factor of the same axis shrank, or nothing was to go.
     """
 
     fn: Callable[..., Any]
     params: PyTree
     keep: Mapping[AxisGroup, np.ndarray]
     groups: tuple[AxisGroup, ...]
+    whole: Mapping[AxisGroup, str] = MappingProxyType({})
 
 
 def prune_channels(
@@ -59,9 +71,13 @@ def prune_channels(
         params: Pytree of arrays.
         *args: Example inputs.
         sparsity: Fraction of the units to remove, in [0, 1]: of each group or of all, as the allocation says. May be
-            left out with `allocation.by_path`.
-        scores: Tree of the params' structure, larger = keep, from `prunax.scores` or any other; a scalar for a leaf
-            that has no say. |w| of the leaves that `where` selects when left out. See `group_scores`.
+            left out with `allocation.by_path`. Where an axis is a product of groups (heads times their width, groups of
+            a normalisation times the channels of each) one of them shrinks, so that half means half of the axis: the
+            one that comes nearest to the sparsity, of equals the slowest, which is heads.
+        scores: Larger = keep. Of weights: a tree of the params' structure, from `prunax.scores` or any other, with a
+            scalar for a leaf that has no say; see `group_scores`. Or of units: a dict from `AxisGroup.name` to
+            ``(units,)``, from `gate_importance` for instance; groups without an entry stay whole. |w| of the leaves
+            that `where` selects when left out.
         threshold: In place of a sparsity: keep the units whose score is above it. 0.0 removes just the units that are
             zero, as `proximal_group_lasso` leaves them, and the output stays what it is.
         allocation: How the sparsity is shared out among groups, from `prunax.allocation`: `uniform` by default;
@@ -72,9 +88,10 @@ def prune_channels(
         round_to: Keep a multiple of this many units of a group (the nearest, but at least one), for hardware that
             works in lanes. A group that is not as wide as that is left alone.
         min_width: Keep at least this many units of every group.
-        where: ``where(path, leaf) -> bool`` selects the leaves whose produced axes may shrink. A group shrinks if all
-            leaves that produce it are selected. By default those are kernels (`trees.is_kernel`), so that a residual
-            stream that starts at an embedding stays as wide as it is.
+        where: ``where(path, leaf) -> bool`` selects the leaves whose produced axes may shrink: kernels by default
+            (`trees.is_kernel`). A group shrinks if all kernels that produce it are selected, and one at least. What
+            else produces it shrinks along, such as the embedding that a residual stream starts at; to shrink what an
+            embedding alone produces, select it: ``lambda path, leaf: trees.is_kernel(path, leaf) or "embed" in path``.
         protect: Units that are kept whatever their scores, for some groups: indices or a boolean mask, True = kept.
         target: In place of a sparsity: remove units until the cost is at most this fraction of the whole network's.
             The least sparsity that does is found by bisection.
@@ -104,23 +121,29 @@ def prune_channels(
     """
     _check_request(sparsity, threshold, target, round_to, min_width)
     groups = axis_groups(fn, params, *args)
-    chosen = prunable_groups(groups, params, where=where)
+    whole = left_whole(groups, params, where)
+    chosen = [group for group in groups if group not in whole]
     if not chosen:
-        raise ValueError(_nothing_to_prune(groups, params, where))
-    unit_scores = ranked_units("prune_channels", chosen, params, scores, where)
+        raise ValueError(_nothing_to_prune(whole, params, where))
+    unit_scores = scores_of_units("prune_channels", chosen, params, scores, where)
     for group, units in (protect or {}).items():
         if group in unit_scores:
             unit_scores[group][checked_units("prune_channels", group, units)] = np.inf
 
-    def choose(sparsity: float | None) -> dict[AxisGroup, np.ndarray]:
-        limits = (round_to, min_width)
-        return _choose(unit_scores, sparsity, threshold, allocation, limits)
+    def choose(sparsity: float | None) -> tuple[Kept, dict[AxisGroup, AxisGroup]]:
+        return _choose(unit_scores, sparsity, threshold, allocation, (round_to, min_width))
 
     if target is not None:
-        keep = _reach(target, cost, fn, params, args, choose)
-    else:
-        keep = choose(sparsity)
-    return Shrunk(shrink_function(fn, keep), shrink(params, keep), keep, groups)
+        sparsity = _reach(target, cost, fn, params, args, lambda sparsity: choose(sparsity)[0])
+    keep, other_factors = choose(sparsity)
+    for group in chosen:
+        if group in other_factors:
+            whole[group] = f"{other_factors[group].name} shrinks along the same axis"
+        elif group not in keep:
+            whole[group] = (
+                "none of its units was to go" if group in unit_scores else "without scores"
+            )
+    return Shrunk(shrink_function(fn, keep), shrink(params, keep), keep, groups, whole)
 
 
 def prunable_groups(
@@ -134,7 +157,9 @@ def prunable_groups(
         where: ``where(path, leaf) -> bool``.
 
     Returns:
-        Those that are not frozen and that are produced by selected leaves, and by no others.
+        Those that are not frozen, and whose kernels among the leaves that produce them are all selected, one at least.
+        Other leaves that produce the same units (an embedding table that starts a residual stream, a mask on a kernel)
+        have no say unless they are selected.
 
     Examples:
         >>> import jax.numpy as jnp, prunax
@@ -143,91 +168,30 @@ def prunable_groups(
         >>> [group.name for group in prunax.structured.prunable_groups(groups, params)]
         ['up[1]']
     """
+    whole = left_whole(groups, params, where)
+    return tuple(group for group in groups if group not in whole)
+
+
+def left_whole(
+    groups: Sequence[AxisGroup], params: PyTree, where: trees.Where
+) -> dict[AxisGroup, str]:
+    """Why groups may not shrink, for those that may not."""
     selected = set(trees.select(params, where).paths)
-    return tuple(group for group in groups if not group.frozen and _is_produced_by(group, selected))
-
-
-def _is_produced_by(group: AxisGroup, selected: set[str]) -> bool:
-    producers = {member.path for member in group.members if member.role == "produces"}
-    return bool(producers) and producers <= selected
-
-
-def group_scores(
-    groups: Sequence[AxisGroup], params: PyTree, scores: PyTree
-) -> dict[AxisGroup, np.ndarray]:
-    """Score units: the sum of all scores that go when a unit goes.
-
-    Args:
-        groups: From `axis_groups`.
-        params: The parameters that they were found in.
-        scores: Tree of their structure, larger = keep: arrays of the leaves' shapes, or scalars for leaves that have no
-            say. ``prunax.scores.magnitude`` gives L1 norms, ``jnp.square`` of the weights squared L2 norms,
-            ``prunax.scores.saliency`` Taylor scores; for batch normalisation scales, |scale| and scalars elsewhere.
-
-    Returns:
-        ``(units,)`` float64 for each group.
-
-    Raises:
-        ValueError: If the scores do not fit the params, naming the leaf.
-
-    Examples:
-        >>> import jax.numpy as jnp, prunax
-        >>> params = {"up": jnp.ones((4, 16)), "down": jnp.ones((16, 3))}
-        >>> groups = prunax.structured.axis_groups(lambda p, x: x @ p["up"] @ p["down"], params, jnp.ones((2, 4)))
-        >>> groups = prunax.structured.prunable_groups(groups, params)
-        >>> prunax.structured.group_scores(groups, params, prunax.scores.magnitude(params))[groups[0]].max()
-        np.float64(7.0)
-    """
-    leaves = trees.leaves_like("group_scores", "scores", scores, params)
-    by_path = dict(zip(trees.paths(params), leaves, strict=True))
-    shapes = {leaf.path: leaf.shape for group in groups for leaf in group.leaves}
-    arrays: dict[str, np.ndarray] = {}
-    for path, shape in shapes.items():
-        score = by_path[path]
-        if np.shape(score) == shape and shape:
-            arrays[path] = np.asarray(jax.device_get(score)).astype(np.float64)
-        elif np.shape(score) != ():
-            raise ValueError(
-                f"group_scores: the score of {path!r} has shape {np.shape(score)}, the leaf has {shape}. "
-                f"Pass a score for each weight, or a scalar for a leaf without a say."
-            )
-    sums = functools.cache(
-        lambda path, axis: arrays[path].sum(tuple(i for i in range(arrays[path].ndim) if i != axis))
-    )
-    result = {}
+    kernels = set(trees.select(params, trees.is_kernel).paths)
+    reasons = {}
     for group in groups:
-        result[group] = np.zeros(group.size)
-        for path, axis, position, _ in group.members:
-            if path in arrays:
-                result[group] += sums(path, axis)[position.indices(group.size)].sum(1)
-    return result
-
-
-def ranked_units(
-    function: str,
-    groups: Sequence[AxisGroup],
-    params: PyTree,
-    scores: PyTree | None,
-    where: trees.Where,
-) -> dict[AxisGroup, np.ndarray]:
-    """The scores of units: of the given scores, or |w| of the selected leaves. NaN is refused."""
-    if scores is None:
-        scores = _magnitudes(params, where)
-    unit_scores = group_scores(groups, params, scores)
-    for group, score in unit_scores.items():
-        if np.isnan(score).any():
-            raise ValueError(
-                f"{function}: the scores of {group.name} contain NaN, which cannot be ranked. "
-                f"Look for the step that made them in its members: "
-                f"{', '.join(dict.fromkeys(member.path for member in group.members))}."
+        producers = {member.path for member in group.members if member.role == "produces"}
+        if group.frozen:
+            reasons[group] = str(group.frozen)
+        elif others := sorted((producers & kernels) - selected):
+            reasons[group] = f"produced by {', '.join(others)}, which `where` leaves out"
+        elif not producers & selected:
+            reasons[group] = (
+                f"produced by {', '.join(sorted(producers))} alone, which `where` leaves out"
+                if producers
+                else "produced by no parameter"
             )
-    return unit_scores
-
-
-def _magnitudes(params: PyTree, where: trees.Where) -> PyTree:
-    chosen = trees.select(params, where)
-    nothing = jax.tree.map(lambda _: np.float32(0), params)
-    return chosen.put([np.abs(np.asarray(jax.device_get(x))) for x in chosen.leaves], nothing)
+    return reasons
 
 
 def _choose(
@@ -236,35 +200,29 @@ def _choose(
     threshold: float | None,
     allocation: Any,
     limits: tuple[int, int],
-) -> dict[AxisGroup, np.ndarray]:
-    """The units to keep of each group that shrinks."""
-    names = {group.name: jnp.asarray(s, jnp.float32) for group, s in unit_scores.items()}
-    kept = masks.compute_masks(
-        names,
-        sparsity,
-        scores=names,
-        threshold=threshold,
-        allocation=allocation,
-        where=lambda path, leaf: True,
-    )
+) -> tuple[Kept, dict[AxisGroup, AxisGroup]]:
+    """The units to keep of each group that shrinks, and for groups that leave it to another factor, that one."""
+    other_factors: dict[AxisGroup, AxisGroup] = {}
+    if threshold is not None:
+        left = {group: int(np.sum(score > threshold)) for group, score in unit_scores.items()}
+    else:
+        if sparsity is not None:  # an allocation that needs none names groups, each as it is to be
+            asked = sparsity
+
+            def removed(group: AxisGroup) -> float:
+                count = group.size - num_pruned(asked, group.size)
+                return 1 - rounded(count, group.size, *limits) / group.size
+
+            other_factors = one_factor_an_axis(list(unit_scores), removed, sparsity)
+        unit_scores = {g: score for g, score in unit_scores.items() if g not in other_factors}
+        left = numbers_left(unit_scores, sparsity, allocation)
     keep = {}
     for group, score in unit_scores.items():
-        mask = np.broadcast_to(jax.device_get(kept[group.name]), (group.size,))
-        count = _rounded(int(mask.sum()), group.size, *limits)
         # Protected units stay, whatever the budget.
-        count = max(count, int(np.isinf(score).sum()))
+        count = max(rounded(left[group], group.size, *limits), int(np.isinf(score).sum()))
         if count < group.size:
-            # Equal scores: the lower index stays, as everywhere.
-            keep[group] = np.sort(np.argsort(-score, kind="stable")[:count])
-    return keep
-
-
-def _rounded(count: int, size: int, round_to: int, min_width: int) -> int:
-    floor = min(min_width, size)
-    if round_to > 1:
-        count = max(round_to, round(count / round_to) * round_to)
-        floor = -(-floor // round_to) * round_to
-    return min(max(count, floor), size)
+            keep[group] = best_units(score, count)
+    return keep, other_factors
 
 
 def _reach(
@@ -273,17 +231,19 @@ def _reach(
     fn: Callable[..., Any],
     params: PyTree,
     args: Sequence[Any],
-    choose: Callable[[float], dict[AxisGroup, np.ndarray]],
-) -> dict[AxisGroup, np.ndarray]:
-    """The choice of least sparsity whose cost is within the target."""
+    choose: Callable[[float], Kept],
+) -> float:
+    """The least sparsity whose cost is within the target."""
     # On the host, where cutting arrays to a dozen different sizes compiles nothing.
     params = jax.tree.map(lambda x: np.asarray(x) if _is_host_readable(x) else x, params)
     whole = cost(fn, params, *args)
+    shrunk = functions(fn)
 
-    def fraction(keep: dict[AxisGroup, np.ndarray]) -> float:
-        return cost(shrink_function(fn, keep), shrink(params, keep), *args) / whole
+    def fraction(sparsity: float) -> float:
+        keep = choose(sparsity)
+        return cost(shrunk(keep), shrink(params, keep), *args) / whole
 
-    low, high, best = 0.0, 1.0, choose(1.0)
+    low, high, best = 0.0, 1.0, 1.0
     least = fraction(best)
     if least > target:
         raise ValueError(
@@ -292,9 +252,8 @@ def _reach(
         )
     for _ in range(10):
         middle = (low + high) / 2
-        keep = choose(middle)
-        if fraction(keep) <= target:
-            high, best = middle, keep
+        if fraction(middle) <= target:
+            high = best = middle
         else:
             low = middle
     return best
@@ -330,18 +289,16 @@ def _check_request(
             raise ValueError(f"prune_channels: {name} must be at least 1, got {value}.")
 
 
-def _nothing_to_prune(groups: Sequence[AxisGroup], params: PyTree, where: trees.Where) -> str:
+def _nothing_to_prune(whole: Mapping[AxisGroup, str], params: PyTree, where: trees.Where) -> str:
     """Say of each selected leaf why none of its produced axes may shrink."""
     selected = set(trees.select(params, where).paths)
     if not selected:
         return f"prune_channels: `where` selects no leaf. The leaves are: {', '.join(trees.paths(params)) or 'none'}."
-    reasons = []
-    for group in groups:
-        produced = {m.path for m in group.members if m.role == "produces"}
-        if produced & selected:
-            others = ", ".join(sorted(produced - selected))
-            why = group.frozen or f"produced as well by {others}, which `where` leaves out"
-            reasons.append(f"  {group.name}: {why}")
+    reasons = [
+        f"  {group.name}: {why}"
+        for group, why in whole.items()
+        if {m.path for m in group.members if m.role == "produces"} & selected
+    ]
     return (
         "prune_channels: none of the selected leaves produces an axis that may shrink:\n"
         + "\n".join(reasons or ["  they produce no axis at all"])

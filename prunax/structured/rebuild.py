@@ -8,9 +8,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from prunax import trees
-from prunax.structured.groups import AxisGroup
+from prunax.structured import scalars
+from prunax.structured.groups import AxisGroup, Member, kept_positions
 from prunax.structured.prune import Shrunk
 
 __all__ = ["rebuild"]
@@ -63,7 +66,12 @@ def rebuild(
     says nothing of sizes is left alone; if it is equal to a size that changed, it has to be named in `attributes`.
 
     Layers that divide by a number of units (`nnx.LayerNorm`) now divide by the smaller one, where ``small.fn`` keeps
-    to the larger: see `AxisGroup.crosses`. All others calculate what ``small.fn`` does.
+    to the larger: see `AxisGroup.crosses`. Attention divides by a root of the new width of its heads; the weights of its
+    query are multiplied to make up for that, unless the module holds the root as a number. All others calculate what
+    ``small.fn`` does.
+
+    Variables that the function closed over (batch statistics, where ``nnx.split(model, nnx.Param, ...)`` left them out of
+    the params) are found among the constants of its program, and cut as well.
 
     Args:
         module: The module of the original sizes: a `flax.nnx.Module`, or an Equinox module or any other dataclass that
@@ -77,7 +85,8 @@ def rebuild(
         A new module; the one that was passed stays as it is.
 
     Raises:
-        ValueError: If a leaf of the smaller params isn't in the module, or an attribute may stand for several sizes and
+        ValueError: If a leaf of the smaller params isn't in the module; if a variable that the function closed over cannot
+            be told from others; if attention normalises what it divides by a root; or if an attribute may stand for several sizes and
             not all of them changed alike: the message names the module and the attribute.
 
     Examples:
@@ -101,6 +110,8 @@ def rebuild(
     given = dict(attributes or {})
     seen: set[str] = set()
     sizes = _sizes(small)
+    roots = _roots(module, small)
+    small = small._replace(params=_with_other_roots(small, roots))
 
     def decide(prefix: str, kind: str, name: str, value: Any) -> Any:
         path = f"{prefix}/{name}".lstrip("/")
@@ -111,14 +122,14 @@ def rebuild(
 
     if isinstance(module, nnx.Module):
         graph, state = nnx.split(module)
-        new = nnx.merge(graph, _replaced(state, small.params))
+        new = nnx.merge(graph, _replaced(state, small))
         for parts, part in nnx.iter_modules(new):
             prefix = "/".join(map(str, parts))
             for name, value in list(vars(part).items()):
                 if _is_size(name, value):
                     setattr(part, name, decide(prefix, type(part).__name__, name, value))
     else:
-        new = _with_attributes(_replaced(module, small.params), "", decide)
+        new = _with_attributes(_replaced(module, small), "", decide)
     if unknown := sorted(set(given) - seen):
         raise ValueError(
             f"rebuild: attributes names {unknown[0]!r}, which is no number of the module. "
@@ -127,12 +138,12 @@ def rebuild(
     return new
 
 
-def _replaced(tree: PyTree, params: PyTree) -> PyTree:
-    """The tree with the leaves of the smaller params in their places."""
+def _replaced(tree: PyTree, small: Shrunk) -> PyTree:
+    """The tree with the leaves of the smaller params in their places, and what the function closes over cut alike."""
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
     arrays = {
         trees.path_name(path): x
-        for path, x in jax.tree_util.tree_flatten_with_path(params)[0]
+        for path, x in jax.tree_util.tree_flatten_with_path(small.params)[0]
         if trees.is_array(x)
     }
     names = [trees.path_name(path) for path, _ in flat]
@@ -141,7 +152,142 @@ def _replaced(tree: PyTree, params: PyTree) -> PyTree:
             f"rebuild: {missing[0]!r} of the smaller params is not in the module, whose leaves are: "
             f"{', '.join(names) or 'none'}. Prune a function whose params are the module's state or the module itself."
         )
-    return treedef.unflatten(arrays.get(name, x) for name, (_, x) in zip(names, flat, strict=True))
+    closed_over = _closed_over(small)
+    return treedef.unflatten(
+        arrays[name] if name in arrays else _cut_alike(name, x, closed_over)
+        for name, (_, x) in zip(names, flat, strict=True)
+    )
+
+
+class _ClosedOver(NamedTuple):
+    """An array that the function closes over, and what is left of it on each axis."""
+
+    array: Any
+    kept: list[np.ndarray]
+
+
+def _closed_over(small: Shrunk) -> list[_ClosedOver]:
+    found: dict[int, tuple[Any, list[np.ndarray]]] = {}
+    for group, units in small.keep.items():
+        removed = np.setdiff1d(np.arange(group.size), units)
+        for array, axis, position in group.constants:
+            whole = (array, [np.ones(n, bool) for n in np.shape(array)])
+            _, marks = found.setdefault(id(array), whole)
+            marks[axis][position.indices(group.size)[removed]] = False
+    return [_ClosedOver(x, [np.flatnonzero(m) for m in marks]) for x, marks in found.values()]
+
+
+def _cut_alike(name: str, x: Any, closed_over: Sequence[_ClosedOver]) -> Any:
+    """What is left of a leaf that was no parameter: a statistic, mostly."""
+    if not trees.is_array(x) or jnp.issubdtype(x.dtype, jax.dtypes.extended):
+        return x
+    alike = [c for c in closed_over if c.array is x] or [
+        c
+        for c in closed_over
+        if np.shape(c.array) == x.shape and np.array_equal(np.asarray(c.array), np.asarray(x))
+    ]
+    cuts = [np.asarray(x)[np.ix_(*c.kept)] for c in alike]
+    if not cuts:
+        return x
+    if any(cut.shape != cuts[0].shape or not np.array_equal(cut, cuts[0]) for cut in cuts):
+        raise ValueError(
+            f"rebuild: {name!r} is closed over by the function, and equal to other arrays that shrink in other ways, so "
+            f"that it cannot be told how. Let the function take it with its params: "
+            f"`graph, params = nnx.split(model)` with all variables, in place of nnx.Param alone."
+        )
+    return jnp.asarray(cuts[0])
+
+
+class _Root(NamedTuple):
+    """A leaf whose module now divides by another root.
+
+    Attributes:
+        path: The leaf.
+        axis: Its axis.
+        indices: Where on that axis its units lie, those that are left.
+        factor: What its weights are multiplied by to make up for it.
+    """
+
+    path: str
+    axis: int
+    indices: np.ndarray
+    factor: float
+
+
+def _roots(module: PyTree, small: Shrunk) -> list[_Root]:
+    """Attention whose heads got narrower divides by the root of the new width: correct the query."""
+    found: list[_Root] = []
+    for group, units in small.keep.items():
+        if not group.root:
+            continue
+        producers = [member for member in group.members if member.role == "produces"]
+        first = producers[0] if producers else group.members[0]
+        first = next((m for m in producers if re.search(r"(^|[/_])(q|query|to_q)", m.path)), first)
+        if _has_number(module, first.path, group.size):
+            continue
+        if group.crosses:
+            raise ValueError(
+                f"rebuild: {group.name} went from {group.size} to {len(units)} units, and the module divides by a root of "
+                f"their number after it normalised them ({group.crosses[0]}), which no weight makes up for. Keep their "
+                f"number (allocation.by_path names the groups that shrink), or use small.fn."
+            )
+        home = first.path.rpartition("/")[0]
+        for member in group.members:
+            beside = member.role == "elementwise" and member.path.rpartition("/")[0] == home
+            part = member.position.offset, member.position.stride
+            if member == first or (
+                beside and part == (first.position.offset, first.position.stride)
+            ):
+                mark = np.zeros(_length(group, member), bool)
+                mark[member.position.indices(group.size)] = True
+                left = _kept_along(small, member.path, member.axis, len(mark))
+                factor = math.sqrt(len(units) / group.size)
+                found.append(_Root(member.path, member.axis, np.flatnonzero(mark[left]), factor))
+    return found
+
+
+def _length(group: AxisGroup, member: Member) -> int:
+    shape = next(leaf.shape for leaf in group.leaves if leaf.path == member.path)
+    return shape[member.axis]
+
+
+def _kept_along(small: Shrunk, path: str, axis: int, length: int) -> np.ndarray:
+    kept = kept_positions("rebuild", small.keep, small.groups[0].leaves).get(path)
+    left = kept[axis] if kept else None
+    return np.arange(length) if left is None else left
+
+
+def _has_number(module: PyTree, path: str, size: int) -> bool:
+    """Whether a module on the way to a leaf holds the root of a size as a number of its own."""
+    numbers: list[float] = []
+    node = module
+    for part in path.split("/"):
+        held = vars(node).values() if hasattr(node, "__dict__") else ()
+        numbers += [x for x in held if isinstance(x, float)]
+        if isinstance(node, Mapping):
+            node = node.get(part)
+        elif isinstance(node, Sequence) and part.isdigit():
+            node = node[int(part)]
+        else:
+            node = getattr(node, part, None)
+        if node is None:
+            break
+    return scalars.has_root(numbers, size)
+
+
+def _with_other_roots(small: Shrunk, roots: Sequence[_Root]) -> PyTree:
+    flat, treedef = jax.tree_util.tree_flatten_with_path(small.params)
+    leaves = []
+    for path, x in flat:
+        for root in roots:
+            if root.path == trees.path_name(path):
+                shape = [1] * x.ndim
+                shape[root.axis] = x.shape[root.axis]
+                factors = np.ones(x.shape[root.axis])
+                factors[root.indices] = root.factor
+                x = x * jnp.asarray(factors.reshape(shape), x.dtype)
+        leaves.append(x)
+    return treedef.unflatten(leaves)
 
 
 def _with_attributes(node: Any, path: str, decide: Callable[[str, str, str, Any], Any]) -> Any:

@@ -8,7 +8,7 @@ no rule fixes whatever it touches.
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from jax.extend.core import JaxprEqn
 
@@ -19,18 +19,20 @@ from prunax.structured.walk import Rule, Value, View, Walk, shape_of
 
 __all__ = ["RULES"]
 
+T = TypeVar("T")
 Views = tuple[View, ...]
 
 # Each element of the output depends on the elements of the inputs at the same place.
 ELEMENTWISE = frozenset(
     """
-    abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e bitcast_convert_type cbrt ceil
-    clamp clz complex conj convert_element_type copy copy_p cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2
-    expm1 floor ge gt igamma igamma_grad_a igammac imag integer_pow is_finite le le_to lgamma log log1p logistic lt
-    lt_to max min mul name ne neg nextafter not optimization_barrier or polygamma population_count pow pvary
-    random_fold_in real reduce_precision regularized_incomplete_beta rem round rsqrt select_n sharding_constraint
-    shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh
-    threefry2x32 xor zeta
+    abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e bitcast_convert_type cbrt
+    ceil clamp clz complex conj convert_element_type copy copy_p cos cosh digamma div eq eq_to erf erf_inv erfc
+    exp exp2 expm1 floor ge gt igamma igamma_grad_a igammac imag integer_pow is_finite layout_constraint le
+    le_to lgamma log log1p logistic lt lt_to max min mul mulhi name ne neg nextafter not optimization_barrier or
+    polygamma population_count pow pvary random_fold_in real reduce_precision reshard
+    regularized_incomplete_beta rem round rsqrt select_n sharding_constraint shift_left shift_right_arithmetic
+    shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh threefry2x32
+    with_memory_space_constraint xor zeta
     """.split()
 )
 REDUCTIONS = frozenset(
@@ -42,9 +44,15 @@ WINDOWS = frozenset("reduce_window reduce_window_max reduce_window_min reduce_wi
 CALLS = frozenset(
     """
     jit pjit closed_call core_call remat remat2 checkpoint custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr
+    custom_vmap_call composite
     """.split()
 )
-SCATTERS = "scatter scatter-add scatter_add scatter-mul scatter_mul scatter-min scatter_min scatter-max scatter_max"
+SCATTERS = (
+    " ".join(f"scatter-{kind} scatter_{kind}" for kind in ("add", "sub", "mul", "min", "max"))
+    + " scatter"
+)
+# Add up, or compare, the same place on all devices; or pass it from one to the other.
+COLLECTIVES = frozenset("psum psum2 psum_invariant pmax pmin ppermute pbroadcast pcast".split())
 
 RULES: dict[str, Rule] = {}
 
@@ -59,7 +67,7 @@ def _rule(*names: str) -> Callable[[Rule], Rule]:
 
 def inner_jaxpr(eqn: JaxprEqn) -> programs.ClosedJaxpr:
     """The program that a call-like primitive calls."""
-    names = (name for name in ("jaxpr", "call_jaxpr", "fun_jaxpr") if name in eqn.params)
+    names = (name for name in ("jaxpr", "call_jaxpr", "fun_jaxpr", "call") if name in eqn.params)
     jaxpr = eqn.params[next(names)]
     return jaxpr if isinstance(jaxpr, programs.ClosedJaxpr) else programs.ClosedJaxpr(jaxpr, ())
 
@@ -109,6 +117,44 @@ def _scan(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[Any]:
     return [*init, *ys]
 
 
+@_rule("while")
+def _while(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[Any]:
+    """What goes round has the same axes in every turn."""
+    of_test, of_body, carry = while_operands(eqn, ins)
+    carry = [Value(value.views, data=True) for value in carry]
+    walk.call(eqn.params["cond_jaxpr"], [*of_test, *carry])
+    outs = walk.call(eqn.params["body_jaxpr"], [*of_body, *carry]).outs
+    for before, after in zip(carry, outs, strict=True):
+        _combine(walk, [before, after])
+    return carry
+
+
+def while_operands(eqn: JaxprEqn, ins: Sequence[T]) -> tuple[list[T], list[T], list[T]]:
+    """Operands of a `while`: constants of the test, constants of the body, and what goes round."""
+    n, m = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    return list(ins[:n]), list(ins[n : n + m]), list(ins[n + m :])
+
+
+@_rule("custom_linear_solve")
+def _custom_linear_solve(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[Any]:
+    product, _, solver, transposed, right = solve_operands(eqn, ins)
+    jaxprs = eqn.params["jaxprs"]
+    solutions = walk.call(jaxprs.solve, [*solver, *right]).outs
+    unknowns = [Value(value.views, data=True) for value in solutions[: len(right)]]
+    again = walk.call(jaxprs.matvec, [*product, *unknowns]).outs
+    for value, other in zip(right, again, strict=True):
+        _combine(walk, [value, other])
+    if jaxprs.transpose_solve is not None:
+        walk.call(jaxprs.transpose_solve, [*transposed, *unknowns])
+    return list(solutions)
+
+
+def solve_operands(eqn: JaxprEqn, ins: Sequence[T]) -> list[list[T]]:
+    """Operands of a linear solve: constants of its four programs, then the right-hand sides."""
+    ends = list(itertools.accumulate(eqn.params["const_lengths"], initial=0))
+    return [list(ins[a:b]) for a, b in itertools.pairwise([*ends, len(ins)])]
+
+
 @_rule("cond")
 def _cond(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[Views]:
     branches = [walk.call(branch, ins[1:]).outs for branch in eqn.params["branches"]]
@@ -127,6 +173,13 @@ def _broadcast_in_dim(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[V
         if view.axis.size == out[i].axis.size:
             out[i] = view
     return [tuple(out)]
+
+
+@_rule("tile")
+def _tile(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[Views]:
+    """Copies of an axis, one after the other."""
+    pairs = zip(ins[0].views, eqn.params["reps"], strict=True)
+    return [tuple(View(axes.product([Axis(n), v.axis]), v.origins) for v, n in pairs)]
 
 
 @_rule("squeeze")
@@ -311,6 +364,82 @@ def _reduce_window(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[View
     return [tuple(views)] * len(eqn.outvars)
 
 
+@_rule("select_and_scatter_add", "select_and_gather_add")
+def _select_in_windows(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[Views]:
+    """The derivatives of a maximum over windows."""
+    p, shape = eqn.params, shape_of(eqn.outvars[0])
+    views: list[View] = []
+    for i, (a, b) in enumerate(zip(ins[0].views, ins[1].views, strict=True)):
+        same = p["window_dimensions"][i] == p["window_strides"][i] == 1
+        if same and tuple(p["padding"][i]) == (0, 0):
+            views.append(walk.unify(a, b))
+        else:
+            walk.freeze([a, b], "a window moves along it")
+            views.append(walk.frozen(shape[i], "a window moves along it"))
+    return [tuple(views)]
+
+
+@_rule("fft")
+def _fft(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[Views]:
+    transformed = len(eqn.params["fft_lengths"])
+    views, shape = ins[0].views, shape_of(eqn.outvars[0])
+    first = len(views) - transformed
+    why = "Fourier-transformed"
+    walk.freeze(views[first:], why)
+    return [(*views[:first], *(walk.frozen(n, why) for n in shape[first:]))]
+
+
+@_rule("cholesky", "eigh", "lu", "qr", "svd", "householder_product", "geqrf")
+def _matrices(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[Views]:
+    """The last axes of the first operand are a matrix, others are many of them."""
+    views, why = ins[0].views, "a matrix is taken apart"
+    many = views[:-2]
+    walk.freeze(views[-2:], why)
+    for value in ins[1:]:
+        walk.freeze(value.views, why)
+    shapes = map(shape_of, eqn.outvars)
+    return [(*many, *(walk.frozen(n, why) for n in shape[len(many) :])) for shape in shapes]
+
+
+@_rule("triangular_solve")
+def _triangular_solve(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[Views]:
+    matrix, right = (value.views for value in ins)
+    many = tuple(map(walk.unify, matrix[:-2], right[:-2]))
+    rows, columns = right[-2:]
+    walk.freeze([*matrix[-2:], rows if eqn.params["left_side"] else columns], "a system is solved")
+    return [(*many, rows, columns)]
+
+
+@_rule(*COLLECTIVES)
+def _collective(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[Views]:
+    # Under `vmap` an axis goes by its number, and is gone afterwards.
+    gone = [axis for axis in eqn.params.get("axes", ()) if isinstance(axis, int)]
+    for value in ins:
+        walk.freeze([value.views[i] for i in gone], "added up over examples")
+    return [_without(value.views, gone) for value in ins]
+
+
+@_rule("all_gather", "all_gather_invariant")
+def _all_gather(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[Views]:
+    at, views, why = (
+        eqn.params["all_gather_dimension"],
+        list(ins[0].views),
+        "devices' parts in a row",
+    )
+    n = shape_of(eqn.outvars[0])[at]
+    if eqn.params["tiled"]:
+        walk.freeze([views[at]], why)
+        views[at] = walk.frozen(n, why)
+    else:
+        views.insert(at, walk.frozen(n, why))
+    return [tuple(views)]
+
+
+@_rule("axis_index")
+def _axis_index(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[Views]:
+    return [()]
+
+
 @_rule("dot_general")
 def _dot_general(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[Views]:
     (left_in, right_in), (left_batch, right_batch) = eqn.params["dimension_numbers"]
@@ -320,6 +449,8 @@ def _dot_general(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[Views]
         walk.unify(left[i], right[j])
     left_out = _without(left, (*left_in, *left_batch))
     right_out = _without(right, (*right_in, *right_batch))
+    if ins[0].data and ins[1].data:
+        walk.contracted += [left[i].axis for i in left_in]
     if not ins[1].data:
         walk.role([right[j] for j in right_in], "consumes")
         walk.role(right_out, "produces")
@@ -381,7 +512,8 @@ def _gather(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[Views]:
     whole, places = [], iter(numbers.offset_dims)
     for i, view in enumerate(operand):
         batching = i in numbers.operand_batching_dims
-        kept = sizes[i] == view.axis.size and i not in numbers.start_index_map
+        # A slice of the whole length starts at 0, whatever the index says.
+        kept = sizes[i] == view.axis.size and i not in numbers.collapsed_slice_dims
         if batching:
             n = numbers.operand_batching_dims.index(i)
             walk.unify(view, indices[numbers.start_indices_batching_dims[n]])
@@ -410,9 +542,7 @@ def _scatter(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[Views]:
         elif i in numbers.inserted_window_dims:
             walk.freeze([view], "written to by index")
         else:
-            out[i] = _overwrite(
-                walk, view, updates[next(windows)], i in numbers.scatter_dims_to_operand_dims
-            )
+            out[i] = _overwrite(walk, view, updates[next(windows)])
     walk.freeze(indices[-1:], "an index")
     places = [i for i in range(len(updates)) if i not in numbers.update_window_dims]
     for i, view in zip(places, indices[:-1], strict=True):
@@ -420,9 +550,9 @@ def _scatter(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[Views]:
     return [tuple(out)]
 
 
-def _overwrite(walk: Walk, view: View, update: View, moves: bool) -> View:
-    """An axis whose whole length is written stays free; one that is written in part is frozen."""
-    if view.axis.size == update.axis.size and not moves:
+def _overwrite(walk: Walk, view: View, update: View) -> View:
+    """An axis whose whole length is written, from 0 on therefore, stays free; one written in part is frozen."""
+    if view.axis.size == update.axis.size:
         return walk.unify(view, update)
     walk.freeze([view, update], "written to by index")
     return view
@@ -442,7 +572,7 @@ def _dynamic_slice(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[View
 @_rule("dynamic_update_slice")
 def _dynamic_update_slice(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[Views]:
     pairs = zip(ins[0].views, ins[1].views, strict=True)
-    return [tuple(_overwrite(walk, *pair, moves=False) for pair in pairs)]
+    return [tuple(_overwrite(walk, *pair) for pair in pairs)]
 
 
 @_rule("random_bits")

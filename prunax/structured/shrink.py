@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from prunax import trees
 from prunax.structured.axes import Incompatible
 from prunax.structured.evaluate import evaluate, keep_of_axes
-from prunax.structured.groups import Keep, Leaf, analyse, kept_positions
+from prunax.structured.groups import Analysis, Keep, Leaf, analyse, kept_positions
 
 __all__ = ["shrink", "shrink_function"]
 
@@ -100,30 +100,42 @@ def shrink_function(fn: Callable[..., Any], keep: Keep) -> Callable[..., Any]:
         >>> small(prunax.structured.shrink(params, {group: [0, 3, 5]}), jnp.ones((7, 4))).shape
         (7, 3)
     """
-    leaves = _leaves_of(keep)
-    kept = kept_positions("shrink_function", keep, leaves)
-    full = {leaf.path: leaf for leaf in leaves}
-    programs: dict[Any, Any] = {}
+    return functions(fn)(keep)
 
-    @functools.wraps(fn)
-    def small(params: PyTree, *args: Any) -> Any:
-        if not kept:
-            return fn(params, *args)
-        _check_small(params, full, kept)
-        values, key = _arrays(params, args)
-        if key not in programs:
-            dense = _dense_params(params, full)
-            programs[key] = _program(fn, dense, args, kept)
-        return programs[key](*values)
 
-    return small
+def functions(fn: Callable[..., Any]) -> Callable[[Keep], Callable[..., Any]]:
+    """`shrink_function` for many choices of units: the function is traced once for inputs of the same shapes."""
+    analyses: dict[Any, Analysis] = {}
+
+    def shrunk(keep: Keep) -> Callable[..., Any]:
+        leaves = _leaves_of(keep)
+        kept = kept_positions("shrink_function", keep, leaves)
+        full = {leaf.path: leaf for leaf in leaves}
+        programs: dict[Any, Any] = {}
+
+        @functools.wraps(fn)
+        def small(params: PyTree, *args: Any) -> Any:
+            if not kept:
+                return fn(params, *args)
+            _check_small(params, full, kept)
+            values, key = _arrays(params, args)
+            if key not in programs:
+                dense = _dense_params(params, full)
+                _, dense_key = _arrays(dense, args)
+                if dense_key not in analyses:
+                    analyses[dense_key] = analyse(fn, dense, *args)
+                programs[key] = _program(fn, analyses[dense_key], kept)
+            return programs[key](*values)
+
+        return small
+
+    return shrunk
 
 
 def _program(
-    fn: Callable[..., Any], dense: PyTree, args: Sequence[Any], kept: dict[str, Any]
+    fn: Callable[..., Any], analysis: Analysis, kept: dict[str, Any]
 ) -> Callable[..., Any]:
     """The small function of arrays, for inputs of given shapes."""
-    analysis = analyse(fn, dense, *args)
     wanted = []
     for leaf, where in zip(analysis.leaves, analysis.axes, strict=True):
         wanted += zip(where, kept.get(leaf.path) or [None] * len(where), strict=True)

@@ -95,6 +95,7 @@ class Walk:
 
     Attributes:
         roles: For each ``(leaf, axis)`` of the parameters what it does where it meets data: "produces", "consumes".
+        contracted: Axes over which two activations are multiplied.
         eqn: The equation being read.
         inner: Jaxprs walked on its account.
         callers: The equations that call the jaxpr being read, outermost first: a library's function that was traced
@@ -104,6 +105,7 @@ class Walk:
     def __init__(self, rules: dict[str, Rule]) -> None:
         self.rules = rules
         self.roles: dict[tuple[int, int], set[str]] = {}
+        self.contracted: list[Axis] = []
         self.eqn: JaxprEqn | None = None
         self.inner: list[Trace] = []
         self.callers: list[JaxprEqn] = []

@@ -8,7 +8,7 @@ What isn't known to be zero counts as not zero, so that a group may be called ch
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +17,16 @@ from jax.extend.core import JaxprEqn, Literal
 from prunax._jaxprs import scan_arity
 from prunax.structured import axes
 from prunax.structured.axes import Axis
-from prunax.structured.rules import ALONG_AXIS, CALLS, REDUCTIONS, SCATTERS, WINDOWS
+from prunax.structured.rules import (
+    ALONG_AXIS,
+    CALLS,
+    COLLECTIVES,
+    REDUCTIONS,
+    SCATTERS,
+    WINDOWS,
+    solve_operands,
+    while_operands,
+)
 from prunax.structured.walk import Step, Trace, source_line
 
 __all__: list[str] = []
@@ -26,9 +35,10 @@ __all__: list[str] = []
 KEEPS = frozenset(
     """
     abs asin asinh atan atanh broadcast_in_dim ceil conj convert_element_type copy copy_p cumsum cumprod cummax cummin
-    device_put dynamic_slice erf expand_dims expm1 floor gather imag integer_pow log1p name neg pvary real
-    reduce_precision reshape rev round sharding_constraint sign sin sinh slice split sqrt square squeeze
-    stop_gradient tan tanh transpose optimization_barrier
+    device_put dynamic_slice erf expand_dims expm1 fft floor gather imag integer_pow layout_constraint log1p name neg
+    pvary real reduce_precision reshape reshard rev round select_and_gather_add select_and_scatter_add
+    sharding_constraint sign sin sinh slice split sqrt square squeeze stop_gradient tan tanh tile transpose
+    optimization_barrier with_memory_space_constraint all_gather all_gather_invariant
     """.split()
 )
 # Zero where all operands are.
@@ -41,7 +51,7 @@ MULTIPLIES = frozenset({"mul", "and", "dot_general", "conv_general_dilated"})
 Zero = frozenset[Axis]
 
 
-class Found(NamedTuple):
+class Remains(NamedTuple):
     """What became of removed units.
 
     Attributes:
@@ -53,7 +63,7 @@ class Found(NamedTuple):
     crosses: dict[Axis, dict[str, None]]
 
 
-def follow(trace: Trace, live: Zero) -> Found:
+def follow(trace: Trace, live: Zero) -> Remains:
     """Find out for which atoms removing a unit is the same as masking it.
 
     Args:
@@ -61,9 +71,9 @@ def follow(trace: Trace, live: Zero) -> Found:
         live: The atoms that may shrink.
 
     Returns:
-        The `Found`.
+        The `Remains`.
     """
-    found = Found(set(), {})
+    found = Remains(set(), {})
     _run(trace, [_atoms(axis, live) for axis in trace.ins], live, found)
     return found
 
@@ -74,7 +84,7 @@ def _atoms(value: Sequence[Axis], live: Zero) -> Zero:
     return frozenset(atom for axis in value for atom in axes.atoms(axis) if atom in live)
 
 
-def _run(trace: Trace, ins: Sequence[Zero], live: Zero, found: Found) -> list[Zero]:
+def _run(trace: Trace, ins: Sequence[Zero], live: Zero, found: Remains) -> list[Zero]:
     # A literal zero is zero in every unit.
     env: dict[Any, Zero] = dict(zip(trace.jaxpr.jaxpr.invars, ins, strict=True))
 
@@ -90,18 +100,23 @@ def _run(trace: Trace, ins: Sequence[Zero], live: Zero, found: Found) -> list[Ze
     return [read(var) for var in trace.jaxpr.jaxpr.outvars]
 
 
-def _step(step: Step, zero: list[Zero], live: Zero, found: Found) -> list[Zero]:
+def _step(step: Step, zero: list[Zero], live: Zero, found: Remains) -> list[Zero]:
     eqn, name = step.eqn, step.eqn.primitive.name
     if name in CALLS:
         return _run(step.inner[0], zero, live, found)
     if name == "scan":
         return _scan(step, zero, live, found)
+    if name == "while":
+        return _while(step, zero, live, found)
+    if name == "custom_linear_solve":
+        _, _, solver, _, right = solve_operands(eqn, zero)
+        return _run(step.inner[0], [*solver, *right], live, found)
     if name == "cond":
         branches = [_run(branch, zero[1:], live, found) for branch in step.inner]
         return [frozenset.intersection(*results) for results in zip(*branches, strict=True)]
     present = [_atoms(axis, live) for axis in step.ins]
     _check(step, zero, present, live, found)
-    if name == "optimization_barrier":
+    if name == "optimization_barrier" or name in COLLECTIVES:
         return zero
     result = _result(eqn, name, zero, present)
     if all(z is live for z in zero) and name in KEEPS | ADDS:
@@ -138,6 +153,8 @@ def _result(eqn: JaxprEqn, name: str, zero: list[Zero], present: list[Zero]) -> 
         return frozenset.union(*zero) - (present[0] - zero[0]) if zero[1] else none
     if name in MULTIPLIES:
         return zero[0] | zero[1]
+    if name == "triangular_solve":
+        return zero[1]
     if name in ("div", "rem"):
         return zero[0] - zero[1]
     if name == "clamp":
@@ -162,7 +179,7 @@ def _result(eqn: JaxprEqn, name: str, zero: list[Zero], present: list[Zero]) -> 
     return none
 
 
-def _check(step: Step, zero: list[Zero], present: list[Zero], live: Zero, found: Found) -> None:
+def _check(step: Step, zero: list[Zero], present: list[Zero], live: Zero, found: Remains) -> None:
     """Note the atoms that this equation reduces over."""
     eqn, name = step.eqn, step.eqn.primitive.name
     if name in MULTIPLIES:
@@ -189,12 +206,33 @@ def _contracted_twice(step: Step, live: Zero) -> Zero:
     return _atoms([step.ins[0][i] for i in contracted], live)
 
 
-def _scan(step: Step, zero: list[Zero], live: Zero, found: Found) -> list[Zero]:
+def _scan(step: Step, zero: list[Zero], live: Zero, found: Remains) -> list[Zero]:
     n, m = scan_arity(step.eqn)
-    carry = zero[n : n + m]
+
+    def turn(carry: list[Zero], found: Remains) -> list[Zero]:
+        return _run(step.inner[0], [*zero[:n], *carry, *zero[n + m :]], live, found)
+
+    carry, outs = _until_it_stays(turn, zero[n : n + m], found)
+    return [*carry, *outs[m:]]
+
+
+def _while(step: Step, zero: list[Zero], live: Zero, found: Remains) -> list[Zero]:
+    test, body, carry = while_operands(step.eqn, zero)
+
+    def turn(carry: list[Zero], found: Remains) -> list[Zero]:
+        _run(step.inner[0], [*test, *carry], live, found)
+        return _run(step.inner[1], [*body, *carry], live, found)
+
+    return _until_it_stays(turn, carry, found)[0]
+
+
+def _until_it_stays(
+    turn: Callable[[list[Zero], Remains], list[Zero]], carry: list[Zero], found: Remains
+) -> tuple[list[Zero], list[Zero]]:
+    """What of a loop's carry is zero before every turn, and what a turn gives then."""
     while True:
-        trial = Found(set(), {})
-        outs = _run(step.inner[0], [*zero[:n], *carry, *zero[n + m :]], live, trial)
+        trial = Remains(set(), {})
+        outs = turn(carry, trial)
         after = [a & b for a, b in zip(carry, outs, strict=False)]
         if after == carry:
             break
@@ -202,4 +240,4 @@ def _scan(step: Step, zero: list[Zero], live: Zero, found: Found) -> list[Zero]:
     found.remains.update(trial.remains)
     for atom, names in trial.crosses.items():
         found.crosses.setdefault(atom, {}).update(names)
-    return [*carry, *outs[m:]]
+    return carry, outs
