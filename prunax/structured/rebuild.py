@@ -66,12 +66,12 @@ def rebuild(
     says nothing of sizes is left alone; if it is equal to a size that changed, it has to be named in `attributes`.
 
     Layers that divide by a number of units (`nnx.LayerNorm`) now divide by the smaller one, where ``small.fn`` keeps
-    to the larger: see `AxisGroup.crosses`. Attention divides by a root of the new width of its heads; the weights of its
-    query are multiplied to make up for that, unless the module holds the root as a number. All others calculate what
-    ``small.fn`` does.
+    to the larger: see `AxisGroup.crosses`. Attention divides by a root of the new width of its heads; the weights of
+    its query are multiplied to make up for that, unless the module holds the root as a number. All others calculate
+    what ``small.fn`` does.
 
-    Variables that the function closed over (batch statistics, where ``nnx.split(model, nnx.Param, ...)`` left them out of
-    the params) are found among the constants of its program, and cut as well.
+    Variables that the function closed over (batch statistics, where ``nnx.split(model, nnx.Param, ...)`` left them out
+    of the params) are found among the constants of its program, and cut as well.
 
     Args:
         module: The module of the original sizes: a `flax.nnx.Module`, or an Equinox module or any other dataclass that
@@ -85,9 +85,9 @@ def rebuild(
         A new module; the one that was passed stays as it is.
 
     Raises:
-        ValueError: If a leaf of the smaller params isn't in the module; if a variable that the function closed over cannot
-            be told from others; if attention normalises what it divides by a root; or if an attribute may stand for several sizes and
-            not all of them changed alike: the message names the module and the attribute.
+        ValueError: If a leaf of the smaller params isn't in the module; if a variable that the function closed over
+            cannot be told from others; if attention normalises what it divides by a root; or if an attribute may
+            stand for several sizes and not all of them changed alike: the message names the module and the attribute.
 
     Examples:
         >>> import jax.numpy as jnp, prunax
