@@ -14,7 +14,8 @@ from jax.tree_util import Partial
 from prunax import _counts, _selection, masks, patterns, trees
 from prunax import allocation as allocations
 from prunax.search.costs import Cost
-from prunax.structured import AxisGroup, prunable_groups
+from prunax.structured import AxisGroup, Member, prunable_groups
+from prunax.structured.gates import along_axis
 from prunax.structured.ranking import numbers_left, scores_of_units
 
 __all__ = ["Structures", "channels", "leaves"]
@@ -263,21 +264,22 @@ def channels(
         )
         for group in chosen
     ]
-    places = _places(chosen, params)
+    paths = trees.paths(params)
+    places: dict[str, list[tuple[int, Member]]] = {}
+    for g, group in enumerate(chosen):
+        for member in group.members:
+            places.setdefault(member.path, []).append((g, member))
     pools = tuple((i,) for i in range(len(chosen)))
     treedef = jax.tree.structure(params)
 
     def build(scores: Any, num_pruned: _counts.Count) -> PyTree:
         kept = _selection.keep_largest(scores, pools, _each(num_pruned, len(chosen)))
-        # One more unit, always kept: that of indices which do not belong to the group.
-        kept = [jnp.concatenate([units, jnp.ones(1, jnp.bool_)]) for units in kept]
         found = {}
-        for leaf, (shape, axes) in places.items():
-            mask = jnp.ones(shape, jnp.bool_)
-            for axis, group, unit_of in axes:
-                others = tuple(a for a in range(len(shape)) if a != axis)
-                mask &= jnp.broadcast_to(jnp.expand_dims(kept[group][unit_of], others), shape)
-            found[leaf] = mask
+        for path, here in places.items():
+            shape = tree_leaves[path].shape
+            spread = [along_axis(chosen[g], m, shape, kept[g], other=True) for g, m in here]
+            mask = functools.reduce(jnp.logical_and, spread)
+            found[paths.index(path)] = jnp.broadcast_to(mask, shape)
         return _put(treedef, found)
 
     normalized = functools.partial(allocations.global_ranking, normalize=True)
@@ -314,23 +316,6 @@ def _each(num_pruned: _counts.Count, length: int) -> list[_counts.Count]:
 
 def _put(treedef: Any, own: Mapping[int, jax.Array]) -> PyTree:
     return treedef.unflatten(own.get(i, trees.keep_all()) for i in range(treedef.num_leaves))
-
-
-def _places(
-    groups: Sequence[AxisGroup], params: PyTree
-) -> dict[int, tuple[tuple[int, ...], list[tuple[int, int, np.ndarray]]]]:
-    """Of each leaf its shape, and where units of groups lie: axis, group, and the unit at every index of the axis."""
-    paths, arrays = trees.paths(params), jax.tree.leaves(params)
-    places: dict[int, Any] = {}
-    for g, group in enumerate(groups):
-        for member in group.members:
-            leaf = paths.index(member.path)
-            shape = arrays[leaf].shape
-            indices = member.position.indices(group.size)
-            unit_of = np.full(shape[member.axis], group.size)
-            unit_of[indices] = np.arange(group.size)[:, None]
-            places.setdefault(leaf, (shape, []))[1].append((member.axis, g, unit_of))
-    return places
 
 
 def _shared_out(

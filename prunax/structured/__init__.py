@@ -2,6 +2,7 @@
 
 from prunax.structured.axes import Frozen, Position
 from prunax.structured.cost import count_flops, count_parameters, latency
+from prunax.structured.gates import apply_gates, gate_importance, gates
 from prunax.structured.groups import AxisGroup, Explanation, Member, axis_groups, explain
 from prunax.structured.prune import Shrunk, prunable_groups, prune_channels
 from prunax.structured.ranking import group_scores
@@ -23,10 +24,13 @@ __all__ = [
     "Member",
     "Position",
     "Shrunk",
+    "apply_gates",
     "axis_groups",
     "count_flops",
     "count_parameters",
     "explain",
+    "gate_importance",
+    "gates",
     "group_lasso",
     "group_norms",
     "group_scores",

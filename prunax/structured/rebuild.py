@@ -191,8 +191,8 @@ def _cut_alike(name: str, x: Any, closed_over: Sequence[_ClosedOver]) -> Any:
         return x
     if any(cut.shape != cuts[0].shape or not np.array_equal(cut, cuts[0]) for cut in cuts):
         raise ValueError(
-            f"rebuild: {name!r} is closed over by the function, and equal to other arrays that shrink in other ways, so "
-            f"that it cannot be told how. Let the function take it with its params: "
+            f"rebuild: {name!r} is closed over by the function, and equal to other arrays that shrink in other ways. "
+            f"Let the function take it with its params: "
             f"`graph, params = nnx.split(model)` with all variables, in place of nnx.Param alone."
         )
     return jnp.asarray(cuts[0])
@@ -227,9 +227,9 @@ def _roots(module: PyTree, small: Shrunk) -> list[_Root]:
             continue
         if group.crosses:
             raise ValueError(
-                f"rebuild: {group.name} went from {group.size} to {len(units)} units, and the module divides by a root of "
-                f"their number after it normalised them ({group.crosses[0]}), which no weight makes up for. Keep their "
-                f"number (allocation.by_path names the groups that shrink), or use small.fn."
+                f"rebuild: {group.name} went from {group.size} to {len(units)} units, and the module divides by a root "
+                f"of their number after it normalised them ({group.crosses[0]}), which no weight makes up for. "
+                f"Keep their number (allocation.by_path names the groups that shrink), or use small.fn."
             )
         home = first.path.rpartition("/")[0]
         for member in group.members:
