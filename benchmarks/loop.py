@@ -117,8 +117,7 @@ def evaluate(
 
 def kernels(params: PyTree) -> list[jax.Array]:
     """The leaves that prunax prunes by default."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    named = ((prunax.trees.path_name(path), leaf) for path, leaf in leaves)
+    named = zip(prunax.trees.paths(params), jax.tree.leaves(params), strict=True)
     return [leaf for name, leaf in named if prunax.trees.is_kernel(name, leaf)]
 
 

@@ -322,10 +322,9 @@ def record(
     """What is kept of an outcome with a leading axis of seeds."""
     evaluate = functools.partial(accuracy, network, classes, outcome.params)
     layers, sizes, fan_in = {}, {}, {}
-    named = jax.tree_util.tree_leaves_with_path(outcome.masks)
-    for path, mask in named:
+    named = zip(prunax.trees.paths(outcome.masks), jax.tree.leaves(outcome.masks), strict=True)
+    for name, mask in named:
         if mask.ndim > 1:  # one mask a seed: scalars, of leaves that are left alone, have one axis
-            name = prunax.trees.path_name(path)
             pruned = np.sum(~np.asarray(mask), axis=tuple(range(1, mask.ndim)))
             sizes[name] = mask[0].size
             layers[name] = pruned

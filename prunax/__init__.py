@@ -21,6 +21,7 @@ from prunax import (
     transforms,
     trees,
 )
+from prunax._states import get_masks
 from prunax.masks import apply_masks, compute_masks, straight_through
 from prunax.reports._summary import compare_masks, summarize
 from prunax.transforms import prune
@@ -34,6 +35,7 @@ __all__ = [
     "compare_masks",
     "compute_masks",
     "export",
+    "get_masks",
     "initialization",
     "lottery",
     "patterns",

@@ -71,18 +71,20 @@ def compute_masks(
     References:
         Exact selection, ties and rounding are defined in the documentation of `prunax._selection`.
     """
+    trees.check_params("compute_masks", params)
+    trees.check_where("compute_masks", where)
+    _check_request(sparsity, threshold, allocation, pattern)
     chosen = trees.select(params, where)
     if not chosen.indices:
         raise ValueError(
             f"compute_masks: `where` selects no leaf. The leaves are: {', '.join(trees.paths(params)) or 'none'}. "
-            f"Pass where=lambda path, leaf: ... that is true for the ones to prune."
+            f"Pass where=lambda path, leaf: ... that is true for the ones to prune.{_integers(params)}"
         )
     if scores is None:
-        score_leaves = chosen.leaves
-        _check_floating(chosen)
+        _check_dtypes(chosen)
+        score_leaves = [_real(leaf) for leaf in chosen.leaves]
     else:
         chosen, score_leaves = _given_scores(scores, chosen)
-    _check_request(sparsity, threshold, allocation, pattern)
     patterns.check_fit("compute_masks", pattern, chosen.shapes)
     patterns.check_shards("compute_masks", pattern, chosen)
 
@@ -373,12 +375,38 @@ def _check_request(
         )
 
 
-def _check_floating(chosen: trees.Selection) -> None:
+def _integers(params: PyTree) -> str:
+    """Say which leaves hold whole numbers, where nothing could be pruned."""
+    kinds = [
+        f"{path!r} is {leaf.dtype}"
+        for path, leaf in zip(trees.paths(params), jax.tree.leaves(params), strict=True)
+        if trees.is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.integer)
+    ]
+    if not kinds:
+        return ""
+    return f" Integers are never pruned: {', '.join(kinds)}. Prune the weights before they are quantised."
+
+
+def _has_zero(dtype: Any) -> bool:
+    return not np.asarray(0, dtype).astype(np.float32)
+
+
+def _real(leaf: Any) -> Any:
+    """A leaf whose numbers can be compared: the modulus of complex ones."""
+    return jnp.abs(leaf) if jnp.issubdtype(leaf.dtype, jnp.complexfloating) else leaf
+
+
+def _check_dtypes(chosen: trees.Selection) -> None:
     for path, leaf in zip(chosen.paths, chosen.leaves, strict=True):
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
             raise TypeError(
                 f"compute_masks: `where` selects {path!r}, which is {leaf.dtype} and has no magnitude to rank. "
                 f"Leave it out with `where`, or pass floating-point scores=."
+            )
+        if not _has_zero(leaf.dtype):
+            raise TypeError(
+                f"compute_masks: `where` selects {path!r}, which is {leaf.dtype}: a dtype of scales without a zero to "
+                f"set weights to. Leave it out with `where`."
             )
 
 

@@ -3,7 +3,9 @@
 Every path in prunax is spelled here, once: ``encoder/0/kernel``.
 """
 
+import inspect
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +15,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.tree_util import GetAttrKey
 
-__all__ = ["is_kernel", "path_name", "paths"]
+__all__ = ["is_kernel", "map_with_path", "path_name", "paths"]
 
 PyTree = Any
 Where = Callable[[str, Any], bool]
@@ -32,7 +34,7 @@ def path_name(path: tuple[Any, ...]) -> str:
         path: A key path as given by `jax.tree_util.tree_flatten_with_path`.
 
     Returns:
-        The parts joined by ``/``. The box that Flax puts around an array (`nnx.Param`, `nn.Partitioned`) adds no part.
+        The parts joined by ``/``.
 
     Examples:
         >>> import jax, prunax
@@ -40,9 +42,7 @@ def path_name(path: tuple[Any, ...]) -> str:
         >>> prunax.trees.path_name(leaves[0][0])
         'encoder/0/kernel'
     """
-    if len(path) > 1 and path[-1] == GetAttrKey("value"):
-        path = path[:-1]
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    return "/".join(_parts(path))
 
 
 def paths(tree: PyTree) -> list[str]:
@@ -52,14 +52,33 @@ def paths(tree: PyTree) -> list[str]:
         tree: Any pytree.
 
     Returns:
-        One path a leaf, as `path_name` spells it.
+        One path a leaf, as `path_name` spells it. The box that Flax puts around an array (`nnx.Param`,
+        `nn.Partitioned`) adds no part.
 
     Examples:
         >>> import prunax
         >>> prunax.trees.paths({"dense": {"kernel": 1.0, "bias": 2.0}})
         ['dense/bias', 'dense/kernel']
     """
-    return [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    return [path for path, _ in named_leaves(tree)]
+
+
+def map_with_path(function: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
+    """Map a function of path and leaf over a tree.
+
+    Args:
+        function: ``function(path, leaf)``, with paths as `paths` spells them.
+        tree: Any pytree.
+
+    Returns:
+        A tree of the same structure.
+
+    Examples:
+        >>> import prunax
+        >>> prunax.trees.map_with_path(lambda path, leaf: path, {"dense": {"kernel": 1.0}})
+        {'dense': {'kernel': 'dense/kernel'}}
+    """
+    return jax.tree.structure(tree).unflatten(function(*named) for named in named_leaves(tree))
 
 
 def is_kernel(path: str, leaf: Any) -> bool:
@@ -144,8 +163,9 @@ class Selection(NamedTuple):
     def put(self, leaves: Sequence[Any], tree: PyTree) -> PyTree:
         """Copy a tree like the params with other leaves in the chosen places."""
         whole, treedef = jax.tree.flatten(tree)
+        where = _matched("put", "tree", tree, self.params)
         for i, leaf in zip(self.indices, leaves, strict=True):
-            whole[i] = leaf
+            whole[where[i]] = leaf
         return treedef.unflatten(whole)
 
 
@@ -159,46 +179,130 @@ def select(params: PyTree, where: Where) -> Selection:
     Returns:
         The chosen leaves, none perhaps.
     """
-    chosen = [
-        (i, path_name(path), leaf)
-        for i, (path, leaf) in enumerate(jax.tree_util.tree_flatten_with_path(params)[0])
-        if is_array(leaf) and where(path_name(path), leaf)
-    ]
+    named = enumerate(named_leaves(params))
+    chosen = [(i, p, leaf) for i, (p, leaf) in named if is_array(leaf) and where(p, leaf)]
     return Selection(
         params, [i for i, _, _ in chosen], [p for _, p, _ in chosen], [x for _, _, x in chosen]
     )
 
 
 def leaves_like(function: str, noun: str, tree: PyTree, params: PyTree) -> list[Any]:
-    """Flatten a tree that must have the structure of the params.
+    """Flatten a tree whose paths must be those of the params, whatever its containers are.
 
     Args:
         function: The public function that asks, named in the error.
         noun: What the tree is, named in the error.
         tree: The tree to flatten.
-        params: The tree whose structure it must have.
+        params: The tree whose paths it must have.
 
     Returns:
-        The leaves of `tree` in tree order, one for each leaf of `params`.
+        The leaves of `tree`, one for each leaf of `params` and in their order.
 
     Raises:
         ValueError: Naming the first path at which the two trees differ.
     """
+    leaves = jax.tree.leaves(tree)
+    return [leaves[i] for i in _matched(function, noun, tree, params)]
+
+
+def _matched(function: str, noun: str, tree: PyTree, params: PyTree) -> Sequence[int]:
+    """Say for each leaf of the params which leaf of a tree is at its path."""
     if jax.tree.structure(tree) == jax.tree.structure(params):
-        return jax.tree.leaves(tree)
-    ours, theirs = paths(params), paths(tree)
-    missing = [path for path in ours if path not in set(theirs)]
-    extra = [path for path in theirs if path not in set(ours)]
+        return range(len(jax.tree.leaves(tree)))
+    ours, theirs = places(params), places(tree)
+    known = set(ours)
+    found = {place: i for i, place in enumerate(theirs)}
+    missing = [place for place in ours if place not in found]
+    extra = [place for place in theirs if place not in known]
     if missing:
-        difference = f"{missing[0]!r} is missing from the {noun}"
+        difference = f"{'/'.join(missing[0])!r} is missing from the {noun}"
     elif extra:
-        difference = f"{extra[0]!r} of the {noun} is not in the params"
+        difference = f"{'/'.join(extra[0])!r} of the {noun} is not in the params"
+    elif len(ours) != len(theirs) or len(found) != len(theirs):
+        twice = next(place for place in theirs if theirs.count(place) > 1)
+        difference = f"{'/'.join(twice)!r} is the path of more than one leaf"
     else:
-        difference = f"the containers differ: {jax.tree.structure(tree)} against {jax.tree.structure(params)}"
+        return [found[place] for place in ours]
     raise ValueError(
         f"{function}: the {noun} must have the tree structure of the params, but {difference}. "
-        f"Build them from the same params, with the same framework's containers."
+        f"Build them from the same params."
     )
+
+
+def places(tree: PyTree) -> list[tuple[str, ...]]:
+    """The path of every leaf in its parts: unlike the path, one for each leaf where names hold slashes."""
+    return [place for place, _ in _placed(tree)]
+
+
+def named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
+    """The path and the leaf, in tree order."""
+    return [("/".join(place), leaf) for place, leaf in _placed(tree)]
+
+
+def _placed(tree: PyTree) -> list[tuple[tuple[str, ...], Any]]:
+    """The parts of the path, and the leaf, in tree order."""
+    placed: list[tuple[tuple[str, ...], Any]] = []
+    for path, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_box)[0]:
+        if not _is_box(node):
+            placed.append((_parts(path), node))
+            continue
+        for inner, leaf in jax.tree_util.tree_flatten_with_path(node)[0]:
+            rest = inner[1:] if inner and inner[0] == GetAttrKey("value") else inner
+            placed.append((_parts((*path, *rest)), leaf))
+    return placed
+
+
+def _parts(path: tuple[Any, ...]) -> tuple[str, ...]:
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+
+
+def _is_box(node: Any) -> bool:
+    """Say whether a node is what Flax puts around an array."""
+    return isinstance(
+        node, (_loaded("flax.nnx", "Variable"), _loaded("flax.core.meta", "AxisMetadata"))
+    )
+
+
+def _loaded(module: str, name: str) -> Any:
+    """A class of a package that need not be there: no class, where the package is not imported."""
+    return getattr(sys.modules.get(module), name, ())
+
+
+def check_params(function: str, params: PyTree) -> None:
+    """Raise TypeError, saying what came and what to pass, unless it is a tree that can hold parameters."""
+    wanted = f"{function}: params must be a pytree of arrays"
+    for kind, module, mend in (
+        ("a Linen", "flax.linen", 'module.init(key, x)["params"]'),
+        ("an NNX", "flax.nnx", "nnx.state(module, nnx.Param)"),
+    ):
+        if isinstance(params, _loaded(module, "Module")):
+            name = type(params).__name__
+            raise TypeError(f"{wanted}, got {kind} module, {name}. Pass its parameters: {mend}.")
+    leaves = jax.tree.leaves(params)
+    if any(leaf is params for leaf in leaves) and not is_array(params):
+        raise TypeError(f"{wanted}, got {params!r}. The params come first.")
+    arrays = [leaf for leaf in leaves if is_array(leaf)]
+    if arrays and all(leaf.dtype == jnp.bool_ for leaf in arrays):
+        raise TypeError(
+            f"{wanted} of numbers, got bools only, as masks are. Pass the params first."
+        )
+
+
+def check_where(function: str, where: Any) -> None:
+    """Raise TypeError unless `where` can be called with a path and a leaf."""
+    mend = "Pass where=lambda path, leaf: ... that is true for the leaves to prune."
+    if not callable(where):
+        raise TypeError(f"{function}: `where` must be a function, got {where!r}. {mend}")
+    try:
+        signature = inspect.signature(where)
+    except (TypeError, ValueError):  # one written in C, of which nothing is known
+        return
+    try:
+        signature.bind("path", None)
+    except TypeError:
+        raise TypeError(
+            f"{function}: `where` is called with a path and a leaf, got a function of {signature}. {mend}"
+        ) from None
 
 
 def keep_all() -> jax.Array:

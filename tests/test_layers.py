@@ -23,7 +23,7 @@ LAYERS = [
     },
     {"allocation"},
     {"masks", "reports"},
-    {"transforms"},
+    {"transforms", "_states"},
     {"initialization", "lottery", "calibration", "structured", "export"},
     {"search"},
     {"cli"},

@@ -10,6 +10,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -30,6 +31,11 @@ class Registered:
     kernel: Any
     bias: Any
     name: str = "layer"
+
+
+class Head(NamedTuple):
+    key: Any
+    value: Any
 
 
 class Struct(flax.struct.PyTreeNode):
@@ -141,8 +147,53 @@ def test_structure_errors_name_the_path():
         ValueError, match=r"apply_masks: .*'a/extra' of the masks is not in the params"
     ):
         prunax.apply_masks(params, {"a": {"kernel": True, "bias": True, "extra": True}})
-    with pytest.raises(ValueError, match=r"apply_masks: .*containers"):
-        prunax.apply_masks(params, flax.core.freeze({"a": {"kernel": True, "bias": True}}))
+
+
+def test_trees_of_the_same_paths_fit_whatever_their_containers_are():
+    params = {"dense": {"bias": BIAS, "kernel": KERNEL}}
+    masks = prunax.compute_masks(params, 0.75)
+    kernel = masks["dense"]["kernel"]
+    alike = {
+        "FrozenDict": flax.core.freeze(masks),
+        "nnx.Param": nnx.State({"dense": {"kernel": nnx.Param(kernel), "bias": nnx.Param(True)}}),
+        "other order": {"dense": Layer(kernel, jnp.ones((), bool))},
+        "boxed": {"dense": {"bias": True, "kernel": nn.Partitioned(kernel, ("a", "b"))}},
+    }
+    for kind, others in alike.items():
+        assert prunax.summarize(params, others).kept == 3, kind
+        pruned = prunax.apply_masks(params, others)
+        assert jax.tree.structure(pruned) == jax.tree.structure(params), kind
+        assert pruned["dense"]["kernel"].tolist()[2] == [0.0, 10.0, 11.0, 12.0], kind
+        assert prunax.compare_masks(masks, others).total.overlap == 1.0, kind
+        tx = prunax.transforms.fixed_masks(optax.sgd(0.1), others)
+        updates, _ = tx.update(params, tx.init(params), params)
+        assert int((optax.apply_updates(params, updates)["dense"]["kernel"] == 0).sum()) == 9, kind
+
+
+def test_no_error_prints_a_treedef():
+    params = {"a": {"kernel": KERNEL}}
+    for other in ({"b": {"kernel": True}}, [True], True, {"a": {"kernel": [True, True]}}):
+        with pytest.raises(ValueError, match="apply_masks: the masks must") as error:
+            prunax.apply_masks(params, other)
+        assert "PyTreeDef" not in str(error.value)
+
+
+def test_an_attribute_called_value_keeps_its_name():
+    head = Head(KERNEL, KERNEL)
+    tree = {"head": head, "param": nnx.State({"w": nnx.Param({"value": KERNEL})})}
+    assert trees.paths(tree) == ["head/key", "head/value", "param/w/value"]
+    masks = prunax.compute_masks({"head": head}, 0.5)
+    assert masks["head"].value.sum() == masks["head"].key.sum() == 6
+    named = trees.map_with_path(lambda path, leaf: path, {"head": head})
+    assert named["head"] == Head("head/key", "head/value")
+
+
+def test_leaves_whose_names_hold_slashes_are_told_apart():
+    params = {"a": {"kernel": KERNEL}, "a/kernel": -KERNEL}
+    masks = {"a": {"kernel": KERNEL > 6}, "a/kernel": True}
+    frozen = flax.core.freeze(masks)
+    pruned = prunax.apply_masks(params, frozen)
+    assert [int((x == 0).sum()) for x in jax.tree.leaves(pruned)] == [6, 0]
 
 
 def test_params_without_a_kernel():

@@ -100,9 +100,12 @@ def describe(score: Score, dtype: np.dtype | None = None) -> Leaf:
     aval = jax.eval_shape(value_of, score)
     shards = trees.shards(aval)
     spec = tuple(aval.sharding.spec) if math.prod(shards) > 1 else ()
-    return Leaf(
-        tuple(aval.shape), np.dtype(dtype or aval.dtype), spec, shards, jax.device_count() == 1
-    )
+    if dtype is None:
+        dtype = np.dtype(aval.dtype)
+        if dtype.itemsize == 1 and jnp.issubdtype(dtype, jnp.floating):
+            # Exact for all of eight bits and fewer, which differ in what infinity and NaN are.
+            dtype = np.dtype(jnp.bfloat16)
+    return Leaf(tuple(aval.shape), dtype, spec, shards, jax.device_count() == 1)
 
 
 def lies_before(shape: tuple[int, ...], cut: Array, zero: Array) -> Array:

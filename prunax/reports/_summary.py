@@ -26,6 +26,7 @@ class LeafSummary:
         weights: Number of elements.
         kept: Number of elements kept.
         prunable: Whether the leaf has a mask of its own.
+        not_zero: Number of elements that the mask prunes and that are not zero.
     """
 
     path: str
@@ -34,6 +35,7 @@ class LeafSummary:
     weights: int
     kept: int
     prunable: bool
+    not_zero: int = 0
 
     @property
     def sparsity(self) -> float:
@@ -76,18 +78,40 @@ class Summary(Tabular):
         """Number of all parameters that are left."""
         return sum(leaf.kept for leaf in self.leaves)
 
+    @property
+    def not_zero(self) -> int:
+        """Number of weights that the masks prune and that are not zero."""
+        return sum(leaf.not_zero for leaf in self.leaves)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What looks wrong, one sentence each; printed below the table (not in Markdown)."""
+        if not self.not_zero:
+            return ()
+        first = next(leaf.path for leaf in self.leaves if leaf.not_zero)
+        return (
+            f"{self.not_zero:,} pruned weights are not zero: is prune the outermost transformation? "
+            f"The first are in {first!r}; prunax.apply_masks sets them to zero.",
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Turn the summary into plain Python values, ready for JSON.
 
         Returns:
             ``{"leaves": [{"path", "shape", "dtype", "weights", "kept", "prunable", "sparsity"}, ...],
-            "prunable": {"weights", "kept", "sparsity"}, "total": {"weights", "kept", "sparsity"}}``.
+            "prunable": {"weights", "kept", "sparsity"}, "total": {"weights", "kept", "sparsity"}, "not_zero",
+            "warnings"}``.
         """
+
+        def line(leaf: LeafSummary) -> dict[str, Any]:
+            values = asdict(leaf) | {"shape": list(leaf.shape), "sparsity": leaf.sparsity}
+            del values["not_zero"]
+            return values
+
         return {
-            "leaves": [
-                asdict(leaf) | {"shape": list(leaf.shape), "sparsity": leaf.sparsity}
-                for leaf in self.leaves
-            ],
+            "leaves": [line(leaf) for leaf in self.leaves],
+            "not_zero": self.not_zero,
+            "warnings": list(self.warnings),
             "prunable": {"weights": self.weights, "kept": self.kept, "sparsity": self.sparsity},
             "total": {
                 "weights": self.parameters,
@@ -114,9 +138,8 @@ class Summary(Tabular):
             ("prunable", "", "", f"{self.weights:,}", f"{self.kept:,}", f"{self.sparsity:.2%}"),
             ("total", "", "", f"{self.parameters:,}", f"{self.parameters_kept:,}", f"{total:.2%}"),
         ]
-        return Table(
-            ("leaf", "shape", "dtype", "weights", "kept", "sparsity"), rows, footer, text=3
-        )
+        columns = ("leaf", "shape", "dtype", "weights", "kept", "sparsity")
+        return Table(columns, rows, footer, text=3, notes=self.warnings)
 
 
 @dataclass(frozen=True)
@@ -250,16 +273,15 @@ def summarize(params: PyTree, masks: PyTree | None = None) -> Summary:
         (6, 0.7)
     """
     names, leaves = trees.paths(params), jax.tree.leaves(params)
-    mask_leaves = (
-        [None] * len(leaves)
-        if masks is None
-        else trees.leaves_like("summarize", "masks", masks, params)
-    )
+    mask_leaves: list[Any] = [None] * len(leaves)
+    if masks is not None:
+        mask_leaves = trees.leaves_like("summarize", "masks", masks, params)
     rows = []
     for name, leaf, mask in zip(names, leaves, mask_leaves, strict=True):
         if not trees.is_array(leaf):
             continue
         size = int(np.prod(leaf.shape, dtype=np.int64))
+        not_zero = 0
         if mask is not None:
             _check_bool("summarize", name, mask)
         if mask is None:
@@ -270,13 +292,21 @@ def summarize(params: PyTree, masks: PyTree | None = None) -> Summary:
             prunable, kept = not leaf.shape and not mask, size if mask else 0
         elif np.shape(mask) == leaf.shape:
             prunable, kept = True, _count(mask)
+            not_zero = _count(_left(leaf, mask))
         else:
             raise ValueError(
                 f"summarize: the mask of {name!r} has shape {np.shape(mask)}, the leaf has {leaf.shape}. "
                 f"A mask has its leaf's shape or is the scalar True."
             )
-        rows.append(LeafSummary(name, tuple(leaf.shape), str(leaf.dtype), size, kept, prunable))
+        rows.append(
+            LeafSummary(name, tuple(leaf.shape), str(leaf.dtype), size, kept, prunable, not_zero)
+        )
     return Summary(tuple(rows))
+
+
+@jax.jit
+def _left(leaf: jax.Array, mask: jax.Array) -> jax.Array:
+    return ~mask & (leaf != jnp.zeros((), leaf.dtype))
 
 
 def _check_bool(function: str, path: str, mask: Any) -> None:

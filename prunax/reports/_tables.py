@@ -17,6 +17,7 @@ class Table(NamedTuple):
         footer: Rows below a line: totals.
         text: How many of the first columns hold words rather than numbers.
         title: Above the table, or empty.
+        notes: Sentences below the table, in a terminal and in HTML.
 
     Examples:
         >>> import prunax
@@ -33,6 +34,7 @@ class Table(NamedTuple):
     footer: Sequence[Sequence[str]] = ()
     text: int = 1
     title: str = ""
+    notes: Sequence[str] = ()
 
     def markdown(self) -> str:
         """Render as a Markdown table; the footer is bold."""
@@ -57,18 +59,21 @@ class Table(NamedTuple):
 
         caption = f"<caption>{html.escape(self.title)}</caption>" if self.title else ""
         foot = f"<tfoot>{lines(self.footer, 'th')}</tfoot>" if self.footer else ""
+        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
         return (
             f"<table>{caption}<thead>{lines([self.columns], 'th')}</thead>"
-            f"<tbody>{lines(self.rows, 'td')}</tbody>{foot}</table>"
+            f"<tbody>{lines(self.rows, 'td')}</tbody>{foot}</table>{notes}"
         )
 
     def _repr_html_(self) -> str:
         return self.html()
 
     def __rich__(self) -> Any:
-        """Render as a `rich.table.Table`."""
+        """Render for rich: a `rich.table.Table`, and the notes below it."""
         import rich.markup
+        from rich.console import Group
         from rich.table import Table as RichTable
+        from rich.text import Text
 
         table = RichTable(title=rich.markup.escape(self.title) or None)
         for i, column in enumerate(self.columns):
@@ -79,7 +84,9 @@ class Table(NamedTuple):
             table.add_section()
         for row in self.footer:
             table.add_row(*map(rich.markup.escape, row))
-        return table
+        if not self.notes:
+            return table
+        return Group(table, *(Text(note, no_wrap=True, overflow="ignore") for note in self.notes))
 
     def __str__(self) -> str:
         return rendered(self)

@@ -140,13 +140,9 @@ def rebuild(
 
 def _replaced(tree: PyTree, small: Shrunk) -> PyTree:
     """The tree with the leaves of the smaller params in their places, and what the function closes over cut alike."""
-    flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    arrays = {
-        trees.path_name(path): x
-        for path, x in jax.tree_util.tree_flatten_with_path(small.params)[0]
-        if trees.is_array(x)
-    }
-    names = [trees.path_name(path) for path, _ in flat]
+    leaves, treedef = jax.tree.flatten(tree)
+    arrays = {path: x for path, x in trees.named_leaves(small.params) if trees.is_array(x)}
+    names = trees.paths(tree)
     if missing := sorted(set(arrays) - set(names)):
         raise ValueError(
             f"rebuild: {missing[0]!r} of the smaller params is not in the module, whose leaves are: "
@@ -155,7 +151,7 @@ def _replaced(tree: PyTree, small: Shrunk) -> PyTree:
     closed_over = _closed_over(small)
     return treedef.unflatten(
         arrays[name] if name in arrays else _cut_alike(name, x, closed_over)
-        for name, (_, x) in zip(names, flat, strict=True)
+        for name, x in zip(names, leaves, strict=True)
     )
 
 
@@ -276,18 +272,17 @@ def _has_number(module: PyTree, path: str, size: int) -> bool:
 
 
 def _with_other_roots(small: Shrunk, roots: Sequence[_Root]) -> PyTree:
-    flat, treedef = jax.tree_util.tree_flatten_with_path(small.params)
-    leaves = []
-    for path, x in flat:
+    def corrected(path: str, x: Any) -> Any:
         for root in roots:
-            if root.path == trees.path_name(path):
+            if root.path == path:
                 shape = [1] * x.ndim
                 shape[root.axis] = x.shape[root.axis]
                 factors = np.ones(x.shape[root.axis])
                 factors[root.indices] = root.factor
                 x = x * jnp.asarray(factors.reshape(shape), x.dtype)
-        leaves.append(x)
-    return treedef.unflatten(leaves)
+        return x
+
+    return trees.map_with_path(corrected, small.params)
 
 
 def _with_attributes(node: Any, path: str, decide: Callable[[str, str, str, Any], Any]) -> Any:
@@ -385,9 +380,7 @@ def _doing(role: str) -> list[Callable[[_Size], bool]]:
 def _sizes(small: Shrunk) -> Callable[[str], list[_Size]]:
     """All sizes among the leaves of the module at a path, as a function of the path."""
     shapes = {
-        trees.path_name(path): tuple(x.shape)
-        for path, x in jax.tree_util.tree_flatten_with_path(small.params)[0]
-        if trees.is_array(x)
+        path: tuple(x.shape) for path, x in trees.named_leaves(small.params) if trees.is_array(x)
     }
     places: dict[tuple[str, int], list[tuple[AxisGroup, str]]] = {}
     homes: dict[AxisGroup, set[str]] = {}

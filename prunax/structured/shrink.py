@@ -53,10 +53,8 @@ def shrink(tree: PyTree, keep: Keep) -> PyTree:
     leaves = _leaves_of(keep)
     kept = kept_positions("shrink", keep, leaves)
     named = _by_endings(leaves)
-    flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
     out = []
-    for path, x in flat:
-        name = trees.path_name(path)
+    for name, x in trees.named_leaves(tree):
         owners = [leaf for leaf in _owners(name, named) if leaf.path in kept]
         if owners and trees.is_array(x) and np.prod(x.shape) != 1:
             if len(owners) > 1:
@@ -66,7 +64,7 @@ def shrink(tree: PyTree, keep: Keep) -> PyTree:
                 )
             x = _cut(name, x, owners[0], kept[owners[0].path])
         out.append(x)
-    return treedef.unflatten(out)
+    return jax.tree.structure(tree).unflatten(out)
 
 
 def shrink_function(fn: Callable[..., Any], keep: Keep) -> Callable[..., Any]:
@@ -183,18 +181,16 @@ class _Constant:
 
 def _dense_params(params: PyTree, full: dict[str, Leaf]) -> PyTree:
     """The params' tree with shapes of the original sizes."""
-    flat, treedef = jax.tree_util.tree_flatten_with_path(params)
-    return treedef.unflatten(
-        jax.ShapeDtypeStruct(full[trees.path_name(path)].shape, x.dtype) if trees.is_array(x) else x
-        for path, x in flat
+    return trees.map_with_path(
+        lambda path, x: jax.ShapeDtypeStruct(full[path].shape, x.dtype) if trees.is_array(x) else x,
+        params,
     )
 
 
 def _check_small(params: PyTree, full: dict[str, Leaf], kept: dict[str, Any]) -> None:
-    for path, x in jax.tree_util.tree_flatten_with_path(params)[0]:
+    for name, x in trees.named_leaves(params):
         if not trees.is_array(x):
             continue
-        name = trees.path_name(path)
         if name not in full:
             raise ValueError(
                 f"shrink_function: {name!r} is not among the parameters that the groups were found in. "

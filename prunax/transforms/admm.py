@@ -90,15 +90,15 @@ def admm(
     schedules.check_steps("admm", every=every)
 
     def init(params: PyTree) -> AdmmState:
-        def zeros(path: Any, leaf: Any) -> jax.Array:
-            if trees.is_array(leaf) and where(trees.path_name(path), leaf):
+        def zeros(path: str, leaf: Any) -> jax.Array:
+            if trees.is_array(leaf) and where(path, leaf):
                 return jnp.zeros_like(leaf)
             return jnp.zeros(())
 
         return AdmmState(
             count=jnp.zeros((), jnp.int32),
-            sparse=jax.tree_util.tree_map_with_path(zeros, params),
-            dual=jax.tree_util.tree_map_with_path(zeros, params),
+            sparse=trees.map_with_path(zeros, params),
+            dual=trees.map_with_path(zeros, params),
         )
 
     def update(

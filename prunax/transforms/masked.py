@@ -84,14 +84,16 @@ def train_masked(
         return _packing.unpack(stored, leaf.shape) if packed else stored
 
     def init(params: PyTree) -> PruneState:
-        def mask(path: Any, leaf: Any) -> jax.Array:
-            if trees.is_array(leaf) and where(trees.path_name(path), leaf):
+        trees.check_params("prune", params)
+
+        def mask(path: str, leaf: Any) -> jax.Array:
+            if trees.is_array(leaf) and where(path, leaf):
                 return pack(jnp.ones_like(leaf, dtype=jnp.bool_))
             return trees.keep_all()
 
         return PruneState(
             count=jnp.zeros((), jnp.int32),
-            masks=jax.tree_util.tree_map_with_path(mask, params),
+            masks=trees.map_with_path(mask, params),
             inner_state=inner.init(params),
             skipped_updates=jnp.zeros((), jnp.int32),
             averaged_scores=None if average is None else average.init(params),
