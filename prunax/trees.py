@@ -15,16 +15,12 @@ import numpy as np
 from jax.core import Tracer
 from jax.tree_util import GetAttrKey
 
-__all__ = ["is_kernel", "map_with_path", "path_name", "paths"]
+from prunax import _leaf_names
+
+__all__ = ["explain", "is_kernel", "map_with_path", "path_name", "paths"]
 
 PyTree = Any
 Where = Callable[[str, Any], bool]
-
-# The last part of a path that names something other than a connection between units. Stacking layers for `scan`
-# makes biases two-dimensional, so the name decides and not the rank alone.
-_NOT_KERNELS = frozenset(
-    "b bias biases scale scales offset mean var embedding embeddings pos_embedding".split()
-)
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -84,13 +80,18 @@ def map_with_path(function: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
 def is_kernel(path: str, leaf: Any) -> bool:
     """Say whether a leaf is a weight matrix or a convolution kernel: the default choice of what to prune.
 
+    Passed as `where` it is asked about the whole tree: leaves beside the one in question tell a gain of two axes from a
+    kernel where both are called ``weight``. Called by itself, within a `where` of your own, it sees one leaf, and where
+    that does not tell, says False. `explain` lists what is chosen and what is left whole, with the reasons.
+
     Args:
         path: The leaf's path, ``encoder/0/kernel``.
         leaf: An array of any shape and dtype.
 
     Returns:
-        True for a floating-point array of two or more axes whose name is not that of a bias, a normalisation
-        parameter or statistic, or an embedding.
+        True for a floating-point array of two or more axes that is, by its path and shape, none of: a bias, a scale or
+        gain, a statistic, a table of embeddings, positions or tokens, a constant of a recurrence, a buffer, a low-rank
+        adapter.
 
     Examples:
         >>> import jax.numpy as jnp, prunax
@@ -98,9 +99,50 @@ def is_kernel(path: str, leaf: Any) -> bool:
         True
         >>> prunax.trees.is_kernel("layers/bias", jnp.ones((12, 4)))
         False
+        >>> prunax.trees.is_kernel("embed_tokens/weight", jnp.ones((100, 4)))
+        False
     """
-    name = path.rsplit("/", 1)[-1].lower()
-    return jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.ndim >= 2 and name not in _NOT_KERNELS
+    return not _why_whole(path, leaf)
+
+
+def _why_whole(path: str, leaf: Any, known: _leaf_names.Folders | None = None) -> str:
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return f"{leaf.dtype} is no floating-point dtype"
+    return _leaf_names.why_whole(path, tuple(leaf.shape), known)
+
+
+def explain(params: PyTree, where: Where = is_kernel) -> dict[str, str]:
+    """Say of each leaf why it is left whole.
+
+    Args:
+        params: Any pytree.
+        where: ``where(path, leaf) -> bool``, the choice to explain.
+
+    Returns:
+        Path -> reason, in tree order; an empty one where the leaf is chosen.
+
+    Examples:
+        >>> import jax.numpy as jnp, prunax
+        >>> norm = {"weight": jnp.ones((4, 8)), "bias": jnp.ones((4, 8))}
+        >>> prunax.trees.explain({"ln": norm, "linear": {"weight": jnp.ones((8, 8))}})["ln/weight"]
+        'the gain of a normalisation, by the bias of its shape'
+    """
+    return {path: reason for path, _, reason in _looked_at(params, where)}
+
+
+def _looked_at(params: PyTree, where: Where) -> list[tuple[str, Any, str]]:
+    """Path, leaf, and why it is left whole, of every leaf."""
+    flat = named_leaves(params)
+    known = _leaf_names.folders({path: tuple(x.shape) for path, x in flat if is_array(x)})
+
+    def reason(path: str, leaf: Any) -> str:
+        if not is_array(leaf):
+            return "no array"
+        if where is is_kernel:
+            return _why_whole(path, leaf, known)
+        return "" if where(path, leaf) else "left out by `where`"
+
+    return [(path, leaf, reason(path, leaf)) for path, leaf in flat]
 
 
 def is_array(leaf: Any) -> bool:
@@ -174,16 +216,18 @@ def select(params: PyTree, where: Where) -> Selection:
 
     Args:
         params: Any pytree of arrays; leaves that are not arrays are never chosen.
-        where: ``where(path, leaf) -> bool``.
+        where: ``where(path, leaf) -> bool``. `is_kernel` is told of each leaf's neighbours.
 
     Returns:
         The chosen leaves, none perhaps.
     """
-    named = enumerate(named_leaves(params))
-    chosen = [(i, p, leaf) for i, (p, leaf) in named if is_array(leaf) and where(p, leaf)]
-    return Selection(
-        params, [i for i, _, _ in chosen], [p for _, p, _ in chosen], [x for _, _, x in chosen]
-    )
+    chosen = [
+        (i, path, leaf)
+        for i, (path, leaf, reason) in enumerate(_looked_at(params, where))
+        if not reason
+    ]
+    indices, names, leaves = zip(*chosen, strict=True) if chosen else ((), (), ())
+    return Selection(params, list(indices), list(names), list(leaves))
 
 
 def leaves_like(function: str, noun: str, tree: PyTree, params: PyTree) -> list[Any]:

@@ -34,14 +34,19 @@ def test_layers_are_bars_of_sparsity():
     assert [t.get_text() for t in left.get_yticklabels()] == ["conv/kernel", "dense/kernel"]
 
 
-def test_weights_fall_on_the_side_of_the_threshold_they_belong_to():
-    figure = plots.weights(PARAMS, MASKS)
-    panel = figure.axes[1]
-    assert panel.get_title() == "dense/kernel: 75.0% pruned"
+@pytest.mark.parametrize("params", [PARAMS, prunax.apply_masks(PARAMS, MASKS)])
+def test_weights_that_are_kept_are_drawn_and_the_others_counted(params):
+    panel = plots.weights(params, MASKS).axes[1]
+    assert panel.get_title() == "dense/kernel\n120 of 160 pruned (75.0%)"
     low, high = sorted(line.get_xdata()[0] for line in panel.get_lines())
     kernel = np.abs(np.asarray(PARAMS["dense"]["kernel"], np.float64))
     assert high == -low == kernel[np.asarray(MASKS["dense"]["kernel"])].min()
-    assert sum(p.get_height() for p in panel.patches) == pytest.approx(160)
+    assert sum(p.get_height() for p in panel.patches) == 40
+
+
+def test_without_masks_weights_that_are_zero_are_the_pruned_ones():
+    panel = plots.weights(prunax.apply_masks(PARAMS, MASKS)).axes[1]
+    assert panel.get_title() == "dense/kernel\n120 of 160 pruned (75.0%)"
 
 
 def test_schedule_shows_masks_lag_behind():
@@ -81,6 +86,30 @@ def test_fronts_sort_their_points():
     assert line.get_ydata().tolist() == [2.0, 1.0]
 
 
+def test_fronts_draw_deviations():
+    figure = plots.fronts({"m": [(0.9, 1.0, 0.25), (0.5, 2.0, 0.5)], "without": [(0.5, 1.0)]})
+    (band,) = figure.axes[0].collections
+    corners = {tuple(np.round(v, 6)) for v in band.get_paths()[0].vertices}
+    assert {(2, 1.5), (2, 2.5), (10, 0.75), (10, 1.25)} <= corners
+
+
+@pytest.mark.parametrize(
+    "figure",
+    [
+        lambda: plots.layers(PARAMS, MASKS),
+        lambda: plots.schedule(0.5, 10),
+        lambda: plots.fronts({f"method {i}": [(0.5, 1.0), (0.9, 0.5)] for i in range(9)}),
+    ],
+)
+def test_legends_cover_nothing(figure):
+    figure = figure()
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    for axes in figure.axes:
+        assert not axes.get_legend()
+        assert not legend.get_window_extent().overlaps(axes.get_window_extent())
+
+
 @pytest.mark.parametrize(
     ("draw", "message"),
     [
@@ -89,6 +118,7 @@ def test_fronts_sort_their_points():
         (lambda: plots.schedule(0.5, 0), "steps must be positive, got 0"),
         (lambda: plots.heat_map(["a"], [0.5], [[1, 2]]), r"shape \(1, 1\).*got \(1, 2\)"),
         (lambda: plots.fronts({"m": [(1.0, 0.5)]}), r"'m' must lie in \[0, 1\)"),
+        (lambda: plots.fronts({"m": [(0.5, 1.0), (0.6, 1.0, 0.1)]}), "some points of 'm'"),
         (lambda: plots.masks({"a": True}), "no mask has two axes"),
     ],
 )

@@ -142,3 +142,16 @@ def test_comparison_names_what_does_not_fit():
         prunax.compare_masks(a, {"kernel": jnp.ones((2, 3), jnp.uint8)})
     with pytest.raises(ValueError, match=r"compare_masks: .*'kernel'"):
         prunax.compare_masks(a, {"other": jnp.ones((2, 3), bool)})
+
+
+def test_starved_leaves_are_named_where_the_network_keeps_more():
+    params = {"first": jnp.ones((10, 10)), "second": jnp.ones((30, 30)), "third": jnp.ones((5, 4))}
+    kept = {"first": 4, "second": 100, "third": 1}
+    masks = {p: jnp.arange(x.size).reshape(x.shape) < kept[p] for p, x in params.items()}
+    summary = prunax.summarize(params, masks)
+    assert summary.starved == ("first",)  # 4%; the third keeps 5%, and all keep 10%
+    assert summary.to_dict()["starved"] == ["first"]
+    for text in (str(summary), summary.table().html()):
+        assert "first: fewer than 5% of the weights are left" in text.replace("\n", " ")
+    few = prunax.summarize(params, masks | {"second": jnp.zeros((30, 30), bool)})
+    assert few.starved == () and "fewer than" not in str(few)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from prunax import allocation, patterns, trees
+from prunax import _leaf_names, allocation, patterns
 from prunax.cli.sources import Tensor, UsageError
 
 __all__ = ["Layout"]
@@ -20,9 +20,6 @@ ALLOCATIONS = {
     "lamp": allocation.lamp,
 }
 PATTERNS = "unstructured, N:M (2:4), fan-in, block:HxW (block:32x32), channel"
-# Names of tables that are looked up, in the libraries that call every array `weight`.
-_TABLES = re.compile(r"embed|(^|/)(wte|wpe|tok_emb|pos_emb|shared)(/|$)", re.IGNORECASE)
-_OPTIMIZER = frozenset("opt opt_state optimizer mu nu momentum trace ema".split())
 
 
 class Layout(NamedTuple):
@@ -104,9 +101,14 @@ def select(
         chosen = [t for t in tensors if any(_matches(t, glob) for glob in where)]
         rule = f"those that match {', '.join(where)}"
     else:
+        known = _leaf_names.folders({t.path: t.shape for t in tensors})
         under = any(t.path.startswith("params/") for t in tensors)
         chosen = [
-            t for t in tensors if _is_weight(t) and (t.path.startswith("params/") or not under)
+            t
+            for t in tensors
+            if not _leaf_names.why_whole(t.path, t.shape, known)
+            and _has_magnitude(t)
+            and (t.path.startswith("params/") or not under)
         ]
         rule = "weights of two axes or more; biases, normalisation and embeddings stay (choose others with --where)"
     chosen = [t for t in chosen if not any(_matches(t, glob) for glob in exclude)]
@@ -176,16 +178,6 @@ def fit(
         return flax, None
     layout = find_layout(asked, tensors)
     return make(layout), layout
-
-
-def _is_weight(tensor: Tensor) -> bool:
-    parts = tensor.path.split("/")
-    return (
-        trees.is_kernel(tensor.path, tensor)
-        and _has_magnitude(tensor)
-        and not _TABLES.search(tensor.path)
-        and not _OPTIMIZER.intersection(parts)
-    )
 
 
 def _has_magnitude(tensor: Tensor) -> bool:

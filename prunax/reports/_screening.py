@@ -123,6 +123,7 @@ def screen_params(
         else trees.leaves_like("screen_params", "masks", masks, params)
     )
     masked = dict(zip(trees.paths(params), kept_leaves, strict=True))
+    kernels = set(trees.select(params, trees.is_kernel).paths)
     found = []
     for path, x in _floating(params):
         mask = masked[path]
@@ -133,7 +134,7 @@ def screen_params(
                 Finding(path, "not finite", broken, x.size, "Look for the step that made them.")
             )
         if mask is None:
-            if not trees.is_kernel(path, x):
+            if path not in kernels:
                 continue
             kept = x != 0
         elif np.shape(mask) == x.shape and x.ndim:

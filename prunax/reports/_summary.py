@@ -13,6 +13,7 @@ from prunax.reports._tables import Table, Tabular
 __all__ = ["Comparison", "LeafComparison", "LeafSummary", "Summary", "compare_masks", "summarize"]
 
 PyTree = Any
+_FEW = 0.05  # of a leaf's weights, below which little passes through it
 
 
 @dataclass(frozen=True)
@@ -84,15 +85,30 @@ class Summary(Tabular):
         return sum(leaf.not_zero for leaf in self.leaves)
 
     @property
+    def starved(self) -> tuple[str, ...]:
+        """Paths of the prunable leaves that keep fewer than 5% of their weights while all together keep more."""
+        if self.kept <= _FEW * self.weights:
+            return ()
+        return tuple(x.path for x in self.leaves if x.prunable and x.kept < _FEW * x.weights)
+
+    @property
     def warnings(self) -> tuple[str, ...]:
         """What looks wrong, one sentence each; printed below the table (not in Markdown)."""
-        if not self.not_zero:
-            return ()
-        first = next(leaf.path for leaf in self.leaves if leaf.not_zero)
-        return (
-            f"{self.not_zero:,} pruned weights are not zero: is prune the outermost transformation? "
-            f"The first are in {first!r}; prunax.apply_masks sets them to zero.",
-        )
+        found = []
+        if self.not_zero:
+            first = next(leaf.path for leaf in self.leaves if leaf.not_zero)
+            found.append(
+                f"{self.not_zero:,} pruned weights are not zero: is prune the outermost transformation? "
+                f"The first are in {first!r}; prunax.apply_masks sets them to zero."
+            )
+        if self.starved:
+            more = f" and {len(self.starved) - 3} more" if len(self.starved) > 3 else ""
+            found.append(
+                f"{', '.join(self.starved[:3])}{more}: fewer than {_FEW:.0%} of the weights are left, "
+                f"{1 - self.sparsity:.1%} of all. Small leaves become a bottleneck: allocation.erdos_renyi keeps more of "
+                f"them."
+            )
+        return tuple(found)
 
     def to_dict(self) -> dict[str, Any]:
         """Turn the summary into plain Python values, ready for JSON.
@@ -100,7 +116,7 @@ class Summary(Tabular):
         Returns:
             ``{"leaves": [{"path", "shape", "dtype", "weights", "kept", "prunable", "sparsity"}, ...],
             "prunable": {"weights", "kept", "sparsity"}, "total": {"weights", "kept", "sparsity"}, "not_zero",
-            "warnings"}``.
+            "starved", "warnings"}``.
         """
 
         def line(leaf: LeafSummary) -> dict[str, Any]:
@@ -111,6 +127,7 @@ class Summary(Tabular):
         return {
             "leaves": [line(leaf) for leaf in self.leaves],
             "not_zero": self.not_zero,
+            "starved": list(self.starved),
             "warnings": list(self.warnings),
             "prunable": {"weights": self.weights, "kept": self.kept, "sparsity": self.sparsity},
             "total": {
@@ -259,7 +276,8 @@ def summarize(params: PyTree, masks: PyTree | None = None) -> Summary:
 
     Returns:
         A `Summary`: ``print(summary)`` shows a table, ``summary.sparsity`` the realised sparsity, and
-        ``summary.to_dict()`` plain values.
+        ``summary.to_dict()`` plain values. ``summary.starved`` names leaves that keep fewer than 5% of their weights
+        while all together keep more, and ``summary.warnings`` says so.
 
     Raises:
         ValueError: If the structures or shapes differ, naming the leaf.
@@ -276,6 +294,7 @@ def summarize(params: PyTree, masks: PyTree | None = None) -> Summary:
     mask_leaves: list[Any] = [None] * len(leaves)
     if masks is not None:
         mask_leaves = trees.leaves_like("summarize", "masks", masks, params)
+    kernels = set(trees.select(params, trees.is_kernel).paths) if masks is None else set()
     rows = []
     for name, leaf, mask in zip(names, leaves, mask_leaves, strict=True):
         if not trees.is_array(leaf):
@@ -285,7 +304,7 @@ def summarize(params: PyTree, masks: PyTree | None = None) -> Summary:
         if mask is not None:
             _check_bool("summarize", name, mask)
         if mask is None:
-            prunable = trees.is_kernel(name, leaf)
+            prunable = name in kernels
             kept = _count(leaf) if prunable else size
         elif np.shape(mask) == ():
             # A leaf without axes has a 0-d mask in any case; it shows as prunable once it is pruned.

@@ -63,7 +63,7 @@ def layers(params: PyTree, masks: PyTree | None = None, *, title: str = "") -> "
     right.barh(positions, [leaf.kept for leaf in rows], color="C0", label="kept")
     right.set_xscale("symlog")
     right.set(xlabel="number, on a logarithmic scale")
-    right.legend(fontsize="small")
+    _legend(figure, right)
     left.set_yticks(positions, [leaf.path for leaf in rows])
     left.invert_yaxis()
     for axes in (left, right):
@@ -73,21 +73,22 @@ def layers(params: PyTree, masks: PyTree | None = None, *, title: str = "") -> "
 
 def weights(
     params: PyTree,
-    masks: PyTree,
+    masks: PyTree | None = None,
     *,
     where: trees.Where = trees.is_kernel,
     title: str = "",
 ) -> "Figure":
-    """Draw histograms of the weights, kept and pruned apart, and the magnitude that divides them.
+    """Draw histograms of the weights that are kept, and the magnitude that divides them from the others.
 
     Args:
-        params: Pytree of arrays, before the masks were applied.
-        masks: Mask tree of the same structure, True = kept.
+        params: Pytree of arrays, before or after the masks were applied.
+        masks: Mask tree of the same structure, True = kept; without it zeros count as pruned.
         where: ``where(path, leaf) -> bool`` chooses the leaves to draw.
         title: Above the picture.
 
     Returns:
-        The figure, a panel a leaf. Dashed lines stand at the smallest magnitude that is kept.
+        The figure, a panel a leaf. Its title counts the pruned weights: as a bar at zero they would dwarf the others.
+        Dashed lines stand at the smallest magnitude that is kept.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -101,10 +102,15 @@ def weights(
         1
     """
     chosen = trees.select(params, where)
-    kept = chosen.take("plots.weights", "masks", masks)
+    leaves = [np.asarray(leaf, np.float64) for leaf in chosen.leaves]
+    kept = (
+        [leaf != 0 for leaf in leaves]
+        if masks is None
+        else chosen.take("plots.weights", "masks", masks)
+    )
     panels = [
-        (path, np.asarray(leaf, np.float64), np.asarray(mask))
-        for path, leaf, mask in zip(chosen.paths, chosen.leaves, kept, strict=True)
+        (path, leaf, np.asarray(mask))
+        for path, leaf, mask in zip(chosen.paths, leaves, kept, strict=True)
         if np.shape(mask) == leaf.shape and leaf.size
     ]
     if not panels:
@@ -115,20 +121,17 @@ def weights(
     for axes, (path, leaf, mask) in zip(
         figure.subplots(lines, columns, squeeze=False).flat, panels, strict=False
     ):
-        finite = np.isfinite(leaf)
-        edge = np.abs(leaf[finite]).max(initial=0) or 1.0
-        bins = np.linspace(-edge, edge, _BINS)
-        parts = [leaf[mask & finite], leaf[~mask & finite]]
-        axes.hist(parts, bins, stacked=True, color=["C0", "0.75"], label=["kept", "pruned"])
-        if parts[0].size and parts[1].size:
+        values = leaf[mask & np.isfinite(leaf)]
+        edge = np.abs(values).max(initial=0) or 1.0
+        axes.hist(values, np.linspace(-edge, edge, _BINS), color="C0")
+        removed = mask.size - np.count_nonzero(mask)
+        if values.size and removed:
             for sign in (-1, 1):
-                axes.axvline(
-                    sign * np.abs(parts[0]).min(), color="0.2", linestyle="--", linewidth=1
-                )
-        axes.set_title(f"{path}: {1 - mask.mean():.1%} pruned", fontsize="small")
+                axes.axvline(sign * np.abs(values).min(), color="0.2", linestyle="--", linewidth=1)
+        said = f"{removed:,} of {mask.size:,} pruned ({removed / mask.size:.1%})"
+        axes.set_title(f"{path}\n{said}", fontsize="small")
         axes.tick_params(labelsize="small")
     _hide_rest(figure, len(panels))
-    figure.axes[0].legend(fontsize="small")
     return figure
 
 
@@ -172,7 +175,7 @@ def schedule(schedule: Any, steps: int, *, title: str = "") -> "Figure":
     axes.plot(at[updates], values[updates], ".", color="C0", markersize=4, label="mask update")
     axes.set(xlabel="step", ylabel="sparsity, %", ylim=(-3, 103))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    _legend(figure, axes)
     return figure
 
 
@@ -232,7 +235,7 @@ def heat_map(
 
 
 def fronts(
-    curves: Mapping[str, Sequence[tuple[float, float]]],
+    curves: Mapping[str, Sequence[tuple[float, float] | tuple[float, float, float]]],
     *,
     dense: float | None = None,
     ylabel: str = "accuracy",
@@ -241,7 +244,8 @@ def fronts(
     """Draw one number against sparsity, a line for each method.
 
     Args:
-        curves: For each method its points ``(sparsity, value)``, sparsities below 1.
+        curves: For each method its points ``(sparsity, value)``, sparsities below 1; or
+            ``(sparsity, value, deviation)``, which draws a band of the deviation to either side.
         dense: The value of the dense model, a dashed line.
         ylabel: What the value is.
         title: Above the picture.
@@ -252,7 +256,7 @@ def fronts(
 
     Raises:
         ImportError: If matplotlib is not installed.
-        ValueError: If a sparsity is outside [0, 1).
+        ValueError: If a sparsity is outside [0, 1), or only some points of a method have a deviation.
 
     Examples:
         >>> import prunax
@@ -267,10 +271,26 @@ def fronts(
         axes.axhline(dense, color="0.4", linestyle="--", linewidth=1, label="dense")
     ticks = set()
     for i, (name, points) in enumerate(curves.items()):
-        sparsity, value = np.asarray(sorted(points), np.float64).reshape(-1, 2).T
+        if len({len(point) for point in points}) > 1:
+            raise ValueError(
+                f"plots.fronts: some points of {name!r} have a deviation and some none. Give one to all of them."
+            )
+        width = len(points[0]) if points else 2
+        sparsity, value, *deviation = np.asarray(sorted(points), np.float64).reshape(-1, width).T
         if sparsity.size and not (sparsity.min() >= 0 and sparsity.max() < 1):
             raise ValueError(f"plots.fronts: the sparsities of {name!r} must lie in [0, 1).")
-        axes.plot(1 / (1 - sparsity), value, marker="osD^vPX"[i % 7], markersize=5, label=name)
+        (line,) = axes.plot(
+            1 / (1 - sparsity), value, marker="osD^vPX"[i % 7], markersize=5, label=name
+        )
+        for d in deviation:
+            axes.fill_between(
+                line.get_xdata(),
+                value - d,
+                value + d,
+                color=line.get_color(),
+                alpha=0.2,
+                linewidth=0,
+            )
         ticks |= set(np.round(sparsity, 4).tolist())
     axes.set_xscale("log")
     shown = _spread_out(sorted(ticks))
@@ -278,7 +298,7 @@ def fronts(
     axes.minorticks_off()
     axes.set(xlabel="sparsity", ylabel=ylabel)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    _legend(figure, axes)
     return figure
 
 
@@ -424,6 +444,12 @@ def _png(figure: "Figure") -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
+
+
+def _legend(figure: "Figure", axes: Any) -> None:
+    """A legend beside the axes, where it covers nothing."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize="small")
 
 
 def _hide_rest(figure: "Figure", used: int) -> None:

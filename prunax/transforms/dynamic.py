@@ -58,7 +58,8 @@ def dynamic_sparse(
             optax schedule, that gives f_t itself.
         drop: Which active connections to keep, as a score.
         initial: The score of the first masks.
-        allocation: How the sparsity is shared out among leaves.
+        allocation: How the sparsity is shared out among leaves. Erdos-Renyi by default, as published, where `prune` is
+            uniform: give both the same to compare them.
         pattern: `patterns.ConstantFanIn()` makes SRigL's constant fan-in, `patterns.NM(n, m)` dynamic N:M.
         where: ``where(path, leaf) -> bool`` chooses the prunable leaves.
         mask_gradients: As in `prune`.

@@ -41,7 +41,9 @@ def prune(
             `prunax.schedules`; None for what the pattern fixes (`patterns.NM`).
         score: ``score(params, grads) -> scores``, from `prunax.scores`, called at mask updates with the dense
             gradients. With `key` it is called as ``score(params, grads, key=key)``, the same key each time.
-        allocation: How the sparsity is shared out among leaves, from `prunax.allocation`.
+        allocation: How the sparsity is shared out among leaves, from `prunax.allocation`. Uniform by default, where
+            `transforms.rigl` and its kin share out by Erdos-Renyi: give both the same to compare them. At high sparsity
+            uniform leaves little of small first layers (`Summary.starved`).
         pattern: Which weights go together or compete, from `prunax.patterns`.
         where: ``where(path, leaf) -> bool`` chooses the prunable leaves.
         key: A JAX random key for scores that need one (`scores.random`).
