@@ -104,9 +104,8 @@ class Summary(Tabular):
         if self.starved:
             more = f" and {len(self.starved) - 3} more" if len(self.starved) > 3 else ""
             found.append(
-                f"{', '.join(self.starved[:3])}{more}: fewer than {_FEW:.0%} of the weights are left, "
-                f"{1 - self.sparsity:.1%} of all. Small leaves become a bottleneck: allocation.erdos_renyi keeps more of "
-                f"them."
+                f"{', '.join(self.starved[:3])}{more}: fewer than {_FEW:.0%} of the weights are left, while all "
+                f"together keep {1 - self.sparsity:.1%}. allocation.erdos_renyi leaves more of small leaves."
             )
         return tuple(found)
 
