@@ -6,6 +6,7 @@ Pure functions map parameter pytrees to mask pytrees, and an optax transformatio
 """
 
 from prunax import (
+    _modules,
     allocation,
     calibration,
     export,
@@ -51,3 +52,5 @@ __all__ = [
     "transforms",
     "trees",
 ]
+
+_modules.show_public_names(__name__)

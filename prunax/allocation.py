@@ -239,6 +239,26 @@ class by_path:
         return Allocation(_pools(leaves, chosen, sparsities))
 
 
+def check_allocation(function: str, allocation: object) -> None:
+    """Raise TypeError, saying what to pass, unless it can be called as an allocation."""
+    if isinstance(allocation, type):
+        raise TypeError(
+            f"{function}: allocation must be an allocation, got a class. Call it: {allocation.__name__}(...)."
+        )
+    if callable(allocation):
+        return
+    mend = "such as allocation.global_ranking, allocation.erdos_renyi or allocation.by_path({...})"
+    if isinstance(allocation, dict):
+        mend = "allocation.by_path({...})"
+    elif isinstance(allocation, str):
+        word = allocation.replace("-", "_").lower()
+        near = [name for name in __all__ if name.startswith(word) and name.islower()]
+        mend = f"allocation.{near[0]}" if near else mend
+    raise TypeError(
+        f"{function}: allocation must be a function, got {allocation!r}. Pass one of prunax.allocation: {mend}."
+    )
+
+
 def _matches(path: str, pattern: str) -> bool:
     # A path itself as well, since brackets in it would be read as a set of characters.
     return path == pattern or fnmatch.fnmatchcase(path, pattern)

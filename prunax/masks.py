@@ -344,10 +344,8 @@ def _above_threshold(
 def _check_request(
     sparsity: Any, threshold: Any, allocation: Any, pattern: patterns.Pattern
 ) -> None:
-    if isinstance(pattern, type):
-        raise TypeError(
-            f"compute_masks: pattern must be a pattern, got its class. Call it: {pattern.__name__}(...)."
-        )
+    patterns.check_pattern("compute_masks", pattern)
+    allocations.check_allocation("compute_masks", allocation)
     fixed = pattern.max_sparsity is not None or isinstance(allocation, allocations.by_path)
     if threshold is not None:
         if sparsity is not None:
@@ -387,10 +385,6 @@ def _integers(params: PyTree) -> str:
     return f" Integers are never pruned: {', '.join(kinds)}. Prune the weights before they are quantised."
 
 
-def _has_zero(dtype: Any) -> bool:
-    return not np.asarray(0, dtype).astype(np.float32)
-
-
 def _real(leaf: Any) -> Any:
     """A leaf whose numbers can be compared: the modulus of complex ones."""
     return jnp.abs(leaf) if jnp.issubdtype(leaf.dtype, jnp.complexfloating) else leaf
@@ -403,7 +397,7 @@ def _check_dtypes(chosen: trees.Selection) -> None:
                 f"compute_masks: `where` selects {path!r}, which is {leaf.dtype} and has no magnitude to rank. "
                 f"Leave it out with `where`, or pass floating-point scores=."
             )
-        if not _has_zero(leaf.dtype):
+        if not trees.has_zero(leaf.dtype):
             raise TypeError(
                 f"compute_masks: `where` selects {path!r}, which is {leaf.dtype}: a dtype of scales without a zero to "
                 f"set weights to. Leave it out with `where`."
@@ -445,6 +439,10 @@ def check_masks(function: str, params: PyTree, masks: PyTree) -> list[Any]:
     """Raise ValueError or TypeError, naming the leaf, unless the masks fit the params; return their leaves."""
     mask_leaves = trees.leaves_like(function, "masks", masks, params)
     leaves = jax.tree.leaves(params)
+    if _are_bools(leaves) and not _are_bools(mask_leaves):
+        raise TypeError(
+            f"{function}: the params are bool and the masks are not. The params come first: {function}(params, masks)."
+        )
     for path, leaf, mask in zip(trees.paths(params), leaves, mask_leaves, strict=True):
         dtype = np.dtype(bool) if isinstance(mask, bool) else getattr(mask, "dtype", type(mask))
         if dtype != np.bool_:
@@ -458,6 +456,11 @@ def check_masks(function: str, params: PyTree, masks: PyTree) -> list[Any]:
                 f"A mask has its leaf's shape or is the scalar True."
             )
     return mask_leaves
+
+
+def _are_bools(leaves: Sequence[Any]) -> bool:
+    dtypes = {leaf.dtype for leaf in leaves if trees.is_array(leaf)}
+    return dtypes == {np.dtype(bool)}
 
 
 def _map_masked(

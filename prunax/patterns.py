@@ -9,6 +9,7 @@ prunax counts axes as Flax does: a kernel is ``(..., in, out)``, a convolution `
 """
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -351,12 +352,29 @@ class Channel:
 
 def check_fit(function: str, pattern: Pattern, leaves: Sequence[tuple[str, Shape]]) -> None:
     """Raise ValueError, naming the leaf and its path, unless the pattern fits every ``(path, shape)``."""
+    check_pattern(function, pattern)
     for path, shape in leaves:
         problem = pattern.check(shape)
         if problem is not None:
             raise ValueError(
                 f"{function}: {pattern} does not fit {path!r} of shape {shape}: {problem}."
             )
+
+
+def check_pattern(function: str, pattern: object) -> None:
+    """Raise TypeError, saying what to pass, unless it is a pattern."""
+    if isinstance(pattern, type):
+        raise TypeError(
+            f"{function}: pattern must be a pattern, got its class. Call it: {pattern.__name__}(...)."
+        )
+    if hasattr(pattern, "pool") and hasattr(pattern, "expand"):
+        return
+    mend = "such as patterns.NM(2, 4), patterns.Block((4, 4)) or patterns.Channel()"
+    if isinstance(pattern, str) and (numbers := re.fullmatch(r"(\d+):(\d+)", pattern)):
+        mend = f"patterns.NM({numbers[1]}, {numbers[2]}), which keeps {numbers[1]} of every {numbers[2]}"
+    raise TypeError(
+        f"{function}: pattern must be a pattern, got {pattern!r}. Pass one of prunax.patterns: {mend}."
+    )
 
 
 def check_shards(function: str, pattern: Pattern, chosen: trees.Selection) -> None:

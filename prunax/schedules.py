@@ -224,6 +224,11 @@ class alternating:
 
 def as_schedule(sparsity: Any) -> Schedule:
     """Turn a number into `constant`, and pass a schedule through."""
+    if hasattr(sparsity, "init") and hasattr(sparsity, "update"):
+        raise TypeError(
+            "prune: sparsity must be a number or a schedule, got an optax transformation. "
+            "The optimizer comes first: prune(optax.adam(1e-3), 0.9)."
+        )
     if hasattr(sparsity, "is_update_step") and not isinstance(sparsity, type):
         return sparsity
     if callable(sparsity):

@@ -1,8 +1,8 @@
 """Scores (saliencies): how much each weight matters. Larger means keep.
 
 A score is a function ``score(params, grads) -> scores``, so that any of them can be handed to `prunax.prune`, and a
-score tree has the structure of the params. Leaves that are not floating-point arrays get the scalar 0: no score, never
-pruned. A new score is a new function with that signature.
+score tree has the structure of the params. Leaves that are not floating-point (or complex) arrays get the scalar 0: no
+score, never pruned. Scores are real. A new score is a new function with that signature.
 """
 
 import inspect
@@ -128,8 +128,14 @@ def fisher(
         out).
     """
     if second_moment is not None:
-        return _score("fisher", lambda w, f: jnp.square(w) * f, params, second_moment, wide=True)
-    return _score("fisher", lambda w, g: jnp.square(w * g), params, grads, wide=True)
+        return _score(
+            "fisher",
+            lambda w, f: jnp.square(jnp.abs(w)) * jnp.abs(f),
+            params,
+            second_moment,
+            wide=True,
+        )
+    return _score("fisher", lambda w, g: jnp.square(jnp.abs(w * g)), params, grads, wide=True)
 
 
 def movement(params: PyTree, grads: PyTree) -> PyTree:
@@ -159,7 +165,12 @@ def movement(params: PyTree, grads: PyTree) -> PyTree:
         learning rate, and with a decaying average for the sum).
     """
     return _score(
-        "movement", lambda w, g: jnp.where(w == 0, -jnp.inf, -w * g), params, grads, wide=True
+        "movement",
+        # Of complex ones the real part: what the loss changes by, since JAX gives the conjugate gradient.
+        lambda w, g: jnp.where(w == 0, -jnp.inf, -jnp.real(w * g)),
+        params,
+        grads,
+        wide=True,
     )
 
 
@@ -286,6 +297,17 @@ class ema:
         return jax.tree.map(mix, average, self.score(params, grads))
 
 
+def check_score(function: str, score: object) -> None:
+    """Raise TypeError, saying what to pass, unless it can be called as a score."""
+    if callable(score) and not isinstance(score, type):
+        return
+    known = isinstance(score, str) and score in __all__
+    mend = f"prunax.scores.{score}" if known else "one of prunax.scores, such as scores.saliency"
+    raise TypeError(
+        f"{function}: score must be a function of params and grads, got {score!r}. Pass {mend}."
+    )
+
+
 def needs_key(score: Callable[..., PyTree]) -> bool:
     """Say whether a score has a `key` argument that nothing is bound to."""
     parameter = inspect.signature(score).parameters.get("key")
@@ -325,7 +347,7 @@ def _score(
 
 
 def _is_float(leaf: Any) -> bool:
-    return trees.is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
+    return trees.is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
 def _no_score() -> jax.Array:

@@ -89,9 +89,9 @@ def is_kernel(path: str, leaf: Any) -> bool:
         leaf: An array of any shape and dtype.
 
     Returns:
-        True for a floating-point array of two or more axes that is, by its path and shape, none of: a bias, a scale or
-        gain, a statistic, a table of embeddings, positions or tokens, a constant of a recurrence, a buffer, a low-rank
-        adapter.
+        True for a floating-point (or complex) array of two or more axes that is, by its path and shape, none of: a
+        bias, a scale or gain, a statistic, a table of embeddings, positions or tokens, a constant of a recurrence, a
+        buffer, a low-rank adapter.
 
     Examples:
         >>> import jax.numpy as jnp, prunax
@@ -106,8 +106,10 @@ def is_kernel(path: str, leaf: Any) -> bool:
 
 
 def _why_whole(path: str, leaf: Any, known: _leaf_names.Folders | None = None) -> str:
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
         return f"{leaf.dtype} is no floating-point dtype"
+    if not has_zero(leaf.dtype):
+        return f"{leaf.dtype} has no zero to set weights to"
     return _leaf_names.why_whole(path, tuple(leaf.shape), known)
 
 
@@ -132,6 +134,7 @@ def explain(params: PyTree, where: Where = is_kernel) -> dict[str, str]:
 
 def _looked_at(params: PyTree, where: Where) -> list[tuple[str, Any, str]]:
     """Path, leaf, and why it is left whole, of every leaf."""
+    check_where("", where)
     flat = named_leaves(params)
     known = _leaf_names.folders({path: tuple(x.shape) for path, x in flat if is_array(x)})
 
@@ -150,6 +153,11 @@ def is_array(leaf: Any) -> bool:
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
+def has_zero(dtype: Any) -> bool:
+    """Say whether a floating-point dtype can hold 0: one of scales (float8_e8m0fnu) cannot."""
+    return not np.asarray(0, dtype).astype(np.complex64)
+
+
 def shards(leaf: Any) -> tuple[int, ...]:
     """Say in how many parts each axis of an array is, as far as its type tells: on meshes of explicit axes."""
     aval = jax.typeof(leaf) if isinstance(leaf, jax.Array) else leaf
@@ -160,11 +168,14 @@ def shards(leaf: Any) -> tuple[int, ...]:
 
 
 def wide_dtype(*dtypes: Any) -> Any:
-    """The dtype to calculate in: float64 where one is given, float32 for all narrower ones.
+    """The dtype to calculate in: float64 where one is given, float32 for all narrower ones; complex where one is.
 
     `jnp.promote_types` would do, but raises for bfloat16 and float32 under strict promotion.
     """
-    return jnp.float64 if any(dtype == jnp.float64 for dtype in dtypes) else jnp.float32
+    wide = any(dtype in (jnp.float64, jnp.complex128) for dtype in dtypes)
+    if any(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes):
+        return jnp.complex128 if wide else jnp.complex64
+    return jnp.float64 if wide else jnp.float32
 
 
 def is_traced(*leaves: Any) -> bool:
@@ -312,8 +323,11 @@ def _loaded(module: str, name: str) -> Any:
     return getattr(sys.modules.get(module), name, ())
 
 
-def check_params(function: str, params: PyTree) -> None:
-    """Raise TypeError, saying what came and what to pass, unless it is a tree that can hold parameters."""
+def check_params(function: str, params: PyTree, *, trained: bool = False) -> None:
+    """Raise TypeError, saying what came and what to pass, unless it is a tree that can hold parameters.
+
+    Where they are to be `trained`, each leaf must be a number or an array.
+    """
     wanted = f"{function}: params must be a pytree of arrays"
     for kind, module, mend in (
         ("a Linen", "flax.linen", 'module.init(key, x)["params"]'),
@@ -330,13 +344,20 @@ def check_params(function: str, params: PyTree) -> None:
         raise TypeError(
             f"{wanted} of numbers, got bools only, as masks are. Pass the params first."
         )
+    odd = [(path, leaf) for path, leaf in named_leaves(params) if trained and callable(leaf)]
+    if odd:
+        raise TypeError(
+            f"{wanted}, but {odd[0][0]!r} is {odd[0][1]!r}. Pass the arrays alone: of an Equinox module "
+            f"eqx.filter(module, eqx.is_inexact_array)."
+        )
 
 
 def check_where(function: str, where: Any) -> None:
     """Raise TypeError unless `where` can be called with a path and a leaf."""
+    function = f"{function}: " if function else ""
     mend = "Pass where=lambda path, leaf: ... that is true for the leaves to prune."
     if not callable(where):
-        raise TypeError(f"{function}: `where` must be a function, got {where!r}. {mend}")
+        raise TypeError(f"{function}`where` must be a function, got {where!r}. {mend}")
     try:
         signature = inspect.signature(where)
     except (TypeError, ValueError):  # one written in C, of which nothing is known
@@ -345,7 +366,7 @@ def check_where(function: str, where: Any) -> None:
         signature.bind("path", None)
     except TypeError:
         raise TypeError(
-            f"{function}: `where` is called with a path and a leaf, got a function of {signature}. {mend}"
+            f"{function}`where` is called with a path and a leaf, got a function of {signature}. {mend}"
         ) from None
 
 

@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "prunax"
 LAYERS = [
-    {"_leaf_names"},
+    {"_leaf_names", "_modules"},
     {"trees"},
     {
         "_counts",

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import optax
 import pytest
 import reference
 from compilation import compilations
@@ -716,3 +717,49 @@ def test_traced_vector_of_sparsities():
 def test_bad_masks(function, masks, error, message):
     with pytest.raises(error, match=rf"{function.__name__}: .*{message}"):
         function({"k": jnp.ones((2, 2)), "b": jnp.ones(2)}, masks)
+
+
+NARROW = ["float4_e2m1fn", "float8_e3m4", "float8_e4m3", "float8_e4m3b11fnuz", "float8_e4m3fn"]
+NARROW += ["float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"]
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_narrow_dtypes_are_ranked_by_their_values(dtype):
+    # Values that every one of them holds exactly; those of equal magnitude are told apart by position.
+    kernel = jnp.array([[0.5, -3.0, 1.0, 0.0], [-0.5, 2.0, -1.5, 4.0]]).astype(dtype)
+    masks = prunax.compute_masks({"kernel": kernel}, 0.5)
+    expected = [[False, True, False, False], [False, True, True, True]]
+    assert masks["kernel"].tolist() == expected
+    tx = prunax.prune(optax.sgd(0.0), 0.5)
+    state = tx.init({"kernel": kernel})
+    updates, state = tx.update({"kernel": jnp.zeros_like(kernel)}, state, {"kernel": kernel})
+    assert updates["kernel"].dtype == kernel.dtype
+    assert state.masks["kernel"].tolist() == expected
+    pruned = prunax.apply_masks({"kernel": kernel}, masks)["kernel"]
+    assert pruned.dtype == kernel.dtype
+    assert pruned.astype(jnp.float32).tolist() == [[0.0, -3.0, 0.0, 0.0], [0.0, 2.0, -1.5, 4.0]]
+
+
+def test_complex_weights_are_ranked_by_their_modulus():
+    kernel = jnp.array([[3 + 4j, 4.0], [-6j, 0.1 + 0.1j]])
+    params = {"kernel": kernel}
+    assert prunax.compute_masks(params, 0.5)["kernel"].tolist() == [[True, False], [True, False]]
+    assert prunax.compute_masks(params, threshold=4.5)["kernel"].tolist() == [
+        [True, False],
+        [True, False],
+    ]
+    grads = {"kernel": jnp.array([[0.0, 1.0], [0.0, 10j]], kernel.dtype)}
+    by_score = {
+        "gradient": [[0, 1], [0, 10]],
+        "saliency": [[0, 4], [0, 2**0.5]],
+        "fisher": [[0, 16], [0, 2]],
+        "movement": [[0, -4], [0, 1]],  # removing (0.1 + 0.1j): -Re(w g)
+    }
+    for name, expected in by_score.items():
+        scores = getattr(prunax.scores, name)(params, grads)["kernel"]
+        assert scores.dtype == jnp.float32
+        assert jnp.allclose(scores, jnp.array(expected, jnp.float32)), name
+    tx = prunax.prune(optax.sgd(0.0), 0.5)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    pruned = optax.apply_updates(params, updates)["kernel"]
+    assert pruned.tolist() == [[3 + 4j, 0], [-6j, 0]]

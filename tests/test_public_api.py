@@ -43,6 +43,12 @@ def test_root_names():
     )
 
 
+def test_dir_shows_what_is_public():
+    modules = [prunax, *(getattr(prunax, name) for name in prunax.__all__)]
+    for module in filter(inspect.ismodule, modules):
+        assert dir(module) == sorted(module.__all__), module
+
+
 def test_version_is_the_installed_one():
     assert prunax.__version__ == importlib.metadata.version("prunax")
 

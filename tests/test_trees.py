@@ -67,7 +67,7 @@ TREES = {
         "kernel": KERNEL,
         "ids": jnp.ones((3, 4), jnp.int32),
         "key": jax.random.key(0),
-        "z": jnp.ones((2, 2), jnp.complex64),
+        "z": jnp.ones(2, jnp.complex64),
     },
     "numpy": {"kernel": np.asarray(KERNEL), "bias": np.asarray(BIAS)},
     "a bare array": KERNEL,
@@ -132,6 +132,8 @@ def test_paths_of_nnx_and_boxed_parameters_are_those_of_the_arrays():
         ("embed/embeddings", jnp.ones((100, 8)), False),
         ("dense/kernel", jnp.ones(4), False),
         ("dense/kernel", jnp.ones((3, 4), jnp.int8), False),
+        ("dense/kernel", jnp.ones((3, 4), jnp.complex64), True),
+        ("dense/kernel", jnp.ones((3, 4), jnp.float8_e8m0fnu), False),  # cannot hold a zero
         ("embedding/kernel", jnp.ones((3, 4)), True),  # only the last part counts
     ],
 )

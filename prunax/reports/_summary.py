@@ -292,6 +292,7 @@ def summarize(params: PyTree, masks: PyTree | None = None) -> Summary:
     names, leaves = trees.paths(params), jax.tree.leaves(params)
     mask_leaves: list[Any] = [None] * len(leaves)
     if masks is not None:
+        trees.check_params("summarize", params)
         mask_leaves = trees.leaves_like("summarize", "masks", masks, params)
     kernels = set(trees.select(params, trees.is_kernel).paths) if masks is None else set()
     rows = []

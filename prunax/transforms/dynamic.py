@@ -89,6 +89,11 @@ def dynamic_sparse(
         Evci et al., Rigging the Lottery, 2020, arXiv:1911.11134, section 3; Mocanu et al., 2018, arXiv:1707.04780;
         Lasby et al. (SRigL), 2024, arXiv:2305.02299.
     """
+    patterns.check_pattern("dynamic_sparse", pattern)
+    allocations.check_allocation("dynamic_sparse", allocation)
+    for score in (grow, drop, initial):
+        score_functions.check_score("dynamic_sparse", score)
+    trees.check_where("dynamic_sparse", where)
     schedule = schedules.as_schedule(pattern.max_sparsity if sparsity is None else sparsity)
     schedules.check_steps("dynamic_sparse", every=every)
     if end_step is not None:

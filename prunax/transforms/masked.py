@@ -84,7 +84,7 @@ def train_masked(
         return _packing.unpack(stored, leaf.shape) if packed else stored
 
     def init(params: PyTree) -> PruneState:
-        trees.check_params("prune", params)
+        trees.check_params("prune", params, trained=True)
 
         def mask(path: str, leaf: Any) -> jax.Array:
             if trees.is_array(leaf) and where(path, leaf):

@@ -76,6 +76,10 @@ def prune(
     References:
         Zhu and Gupta, To prune, or not to prune, 2017, arXiv:1710.01878.
     """
+    patterns.check_pattern("prune", pattern)
+    allocations.check_allocation("prune", allocation)
+    score_functions.check_score("prune", score)
+    trees.check_where("prune", where)
     schedule = schedules.as_schedule(pattern.max_sparsity if sparsity is None else sparsity)
     average = score if isinstance(score, score_functions.ema) else None
     if key is not None and average is not None:
