@@ -67,9 +67,11 @@ def environment() -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON file, and its folder where needed."""
+    """Writes a JSON file, and its folder where needed. The file is whole at every moment."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    written = path.with_suffix(".part")
+    written.write_text(json.dumps(content, indent=1) + "\n")
+    written.replace(path)
 
 
 def write_markdown(file: Path, head: str, tables: Iterable[Table]) -> None:

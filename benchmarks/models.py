@@ -1,6 +1,7 @@
-"""Small Flax Linen image classifiers without batch statistics: parameters are all they have.
+"""Small Flax Linen image classifiers.
 
-A model is a function of images `(n, height, width, channels)` to logits `(n, classes)`, for images of any size.
+A model is a function of images `(n, height, width, channels)` to logits `(n, classes)`, for images of any size. Those
+in `MODELS` have no batch statistics: parameters are all they have.
 """
 
 import functools
@@ -143,6 +144,47 @@ class ResNet(nn.Module):
                 x = skip + Conv(channels, (3, 3), use_bias=False)(y)
         x = nn.relu(nn.GroupNorm(num_groups=8)(x))
         return nn.Dense(self.num_classes)(jnp.mean(x, axis=(1, 2)))
+
+
+class BatchNormResNet(nn.Module):
+    """Basic residual blocks with batch normalisation, at half and a quarter of the image's side."""
+
+    num_classes: int
+    channels: int = 64
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        conv = functools.partial(nn.Conv, use_bias=False)
+        norm = functools.partial(nn.BatchNorm, use_running_average=not train, momentum=0.9)
+        x = nn.relu(norm()(conv(self.channels, (3, 3), 2)(images)))
+        for channels, stride in ((self.channels, 1), (2 * self.channels, 2)):
+            y = nn.relu(norm()(conv(channels, (3, 3), stride)(x)))
+            y = norm()(conv(channels, (3, 3))(y))
+            skip = x if stride == 1 else norm()(conv(channels, (1, 1), stride)(x))
+            x = nn.relu(skip + y)
+        return nn.Dense(self.num_classes)(x.mean((1, 2)))
+
+
+class ViT(nn.Module):
+    """A small vision transformer: four by four patches, learned positions, mean over the patches."""
+
+    num_classes: int
+    width: int = 192
+    heads: int = 4
+    depth: int = 2
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        patch = images.shape[1] // 4
+        x = nn.Conv(self.width, (patch, patch), patch, padding="VALID")(images)
+        x = x.reshape(x.shape[0], -1, self.width)
+        x = x + self.param("positions", nn.initializers.normal(0.02), (1, *x.shape[1:]))
+        for _ in range(self.depth):
+            y = nn.LayerNorm()(x)
+            x = x + nn.MultiHeadDotProductAttention(num_heads=self.heads)(y, y)
+            y = nn.gelu(nn.Dense(4 * self.width)(nn.LayerNorm()(x)))
+            x = x + nn.Dense(self.width)(y)
+        return nn.Dense(self.num_classes)(nn.LayerNorm()(x).mean(1))
 
 
 MODELS: dict[str, Callable[[int], nn.Module]] = {

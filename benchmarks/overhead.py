@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,20 +30,38 @@ SIZES = {
 BATCH = 128
 
 
-def init(sizes: tuple[int, ...]) -> PyTree:
+class Network(NamedTuple):
+    """What is trained, on random inputs.
+
+    Attributes:
+        params: where training starts.
+        apply: `apply(params, x)` gives logits.
+        shape: of one input.
+        classes: how many.
+    """
+
+    params: PyTree
+    apply: Callable[[PyTree, jax.Array], jax.Array]
+    shape: tuple[int, ...]
+    classes: int
+
+
+def mlp(sizes: tuple[int, ...]) -> Network:
+    """A plain network with ReLU, of `sizes[0]` inputs and `sizes[-1]` outputs."""
     keys = jax.random.split(jax.random.key(0), len(sizes))
     he = jax.nn.initializers.he_normal()
-    return {
+    params = {
         f"dense_{i}": {"kernel": he(key, (a, b)), "bias": jnp.zeros(b)}
         for i, (key, a, b) in enumerate(zip(keys, sizes[:-1], sizes[1:], strict=False))
     }
 
+    def apply(params: PyTree, x: jax.Array) -> jax.Array:
+        for i, layer in enumerate(params.values()):
+            x = x @ layer["kernel"] + layer["bias"]
+            x = jax.nn.relu(x) if i + 1 < len(params) else x
+        return x
 
-def apply(params: PyTree, x: jax.Array) -> jax.Array:
-    for i, layer in enumerate(params.values()):
-        x = x @ layer["kernel"] + layer["bias"]
-        x = jax.nn.relu(x) if i + 1 < len(params) else x
-    return x
+    return Network(params, apply, sizes[:1], sizes[-1])
 
 
 class Run:
@@ -52,19 +70,19 @@ class Run:
     def __init__(
         self,
         optimizer: optax.GradientTransformation,
-        sizes: tuple[int, ...],
+        network: Network,
         steps: int,
         forward: Callable[[PyTree], PyTree] = lambda params: params,
         restart: bool = False,
     ) -> None:
-        self.params = init(sizes)
+        self.params = network.params
         self.state = optimizer.init(self.params)
         self.restart = restart
-        x = jax.random.normal(jax.random.key(1), (16, BATCH, sizes[0]))
-        y = jax.random.randint(jax.random.key(2), (16, BATCH), 0, sizes[-1])
+        x = jax.random.normal(jax.random.key(1), (16, BATCH, *network.shape))
+        y = jax.random.randint(jax.random.key(2), (16, BATCH), 0, network.classes)
 
         def loss(params: PyTree, i: jax.Array) -> jax.Array:
-            logits = apply(forward(params), x[i % 16])
+            logits = network.apply(forward(params), x[i % 16])
             return optax.softmax_cross_entropy_with_integer_labels(logits, y[i % 16]).mean()
 
         def step(i: jax.Array, carry: tuple[PyTree, Any]) -> tuple[PyTree, Any]:
@@ -103,6 +121,11 @@ def compare(runs: Mapping[str, Run], repeats: int, on_turn: Callable[[], None]) 
     }
 
 
+def through(params: PyTree) -> PyTree:
+    """Straight-through masks of the largest tenth, new in every step."""
+    return prunax.straight_through(params, prunax.compute_masks(params, 0.9))
+
+
 def mask_bytes(run: Run) -> float:
     """Bytes of the masks relative to those of the params."""
     masks = optax.tree.get(run.state, "masks")
@@ -114,14 +137,8 @@ def cases(
     adam: optax.GradientTransformation,
 ) -> dict[str, tuple[int, Callable[[], dict[str, Run]]]]:
     """What is compared: steps in a turn, and the runs, the dense one first."""
-    wide, lenet = SIZES.values()
+    wide, lenet = map(mlp, SIZES.values())
     gradual = prunax.schedules.polynomial(0.9, 100, 1900, every=100)
-
-    def masks(params: PyTree) -> PyTree:
-        return prunax.compute_masks(params, 0.9)
-
-    def through(params: PyTree) -> PyTree:
-        return prunax.straight_through(params, masks(params))
 
     def beside(run: Callable[..., Run], sparsity: Any) -> Callable[[], dict[str, Run]]:
         """Dense; pruned with bool and with packed masks; with bool masks of which Adam's moments are not told."""
@@ -132,10 +149,10 @@ def cases(
             "bool, updates alone": run(prunax.prune(adam, sparsity, mask_gradients=False)),
         }
 
-    step = functools.partial(Run, sizes=wide, steps=10)
-    small_step = functools.partial(Run, sizes=lenet, steps=200)
-    whole = functools.partial(Run, sizes=wide, steps=200, restart=True)
-    small = functools.partial(Run, sizes=lenet, steps=2000, restart=True)
+    step = functools.partial(Run, network=wide, steps=10)
+    small_step = functools.partial(Run, network=lenet, steps=200)
+    whole = functools.partial(Run, network=wide, steps=200, restart=True)
+    small = functools.partial(Run, network=lenet, steps=2000, restart=True)
     short = prunax.schedules.polynomial(0.9, 100, 200, every=100)
     return {
         "a step without mask update, 4 x 1024 x 1024": (10, beside(step, 0.9)),

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import (
+    accelerator,
     budgets,
     llm,
     methods,
@@ -52,6 +53,8 @@ def all_tables(results: Path) -> dict[str, str]:
         if file.is_file():
             found = tables(json.loads(file.read_text()))
             named |= {name: table.markdown() for name, table in found.items()}
+    devices = sorted(results.glob(f"{accelerator.STEM}-*.json"))
+    named[accelerator.STEM] = accelerator.published([json.loads(f.read_text()) for f in devices])
     return named
 
 

@@ -25,7 +25,7 @@ import numpy as np
 import optax
 from rich.console import Console
 
-from benchmarks import datasets, harness, smollm
+from benchmarks import datasets, harness, models, smollm
 from prunax import allocation, structured
 
 EXAMPLES = """\
@@ -40,50 +40,9 @@ DENSE = 1.0
 STEM = "structured"
 
 
-class ResNet(nn.Module):
-    """Basic residual blocks with batch normalisation, at half and a quarter of the image's side."""
-
-    num_classes: int
-    channels: int = 64
-
-    @nn.compact
-    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        conv = functools.partial(nn.Conv, use_bias=False)
-        norm = functools.partial(nn.BatchNorm, use_running_average=not train, momentum=0.9)
-        x = nn.relu(norm()(conv(self.channels, (3, 3), 2)(images)))
-        for channels, stride in ((self.channels, 1), (2 * self.channels, 2)):
-            y = nn.relu(norm()(conv(channels, (3, 3), stride)(x)))
-            y = norm()(conv(channels, (3, 3))(y))
-            skip = x if stride == 1 else norm()(conv(channels, (1, 1), stride)(x))
-            x = nn.relu(skip + y)
-        return nn.Dense(self.num_classes)(x.mean((1, 2)))
-
-
-class ViT(nn.Module):
-    """A small vision transformer: four by four patches, learned positions, mean over the patches."""
-
-    num_classes: int
-    width: int = 192
-    heads: int = 4
-    depth: int = 2
-
-    @nn.compact
-    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        patch = images.shape[1] // 4
-        x = nn.Conv(self.width, (patch, patch), patch, padding="VALID")(images)
-        x = x.reshape(x.shape[0], -1, self.width)
-        x = x + self.param("positions", nn.initializers.normal(0.02), (1, *x.shape[1:]))
-        for _ in range(self.depth):
-            y = nn.LayerNorm()(x)
-            x = x + nn.MultiHeadDotProductAttention(num_heads=self.heads)(y, y)
-            y = nn.gelu(nn.Dense(4 * self.width)(nn.LayerNorm()(x)))
-            x = x + nn.Dense(self.width)(y)
-        return nn.Dense(self.num_classes)(nn.LayerNorm()(x).mean(1))
-
-
 NETWORKS: dict[str, tuple[Callable[[int], nn.Module], float]] = {
-    "resnet": (ResNet, 2e-3),
-    "vit": (ViT, 1e-3),
+    "resnet": (models.BatchNormResNet, 2e-3),
+    "vit": (models.ViT, 1e-3),
 }
 
 

@@ -335,7 +335,10 @@ def _above_threshold(
         units = pattern.pool(jnp.abs(score))
         # At least in float32: rounded to a narrow dtype the threshold would swallow scores next to it.
         dtype = trees.wide_dtype(units.dtype)
-        kept = units.astype(dtype) > jnp.asarray(threshold, dtype)
+        # By their bits, as everywhere: compared as floats, a backend may take denormal numbers for zeros.
+        kept = _selection.sort_keys(units.astype(dtype)) > _selection.sort_keys(
+            jnp.asarray(threshold, dtype)
+        )
         return pattern.expand(kept, score.shape)
 
     return [keep(s) for s in leaves]

@@ -78,6 +78,7 @@ def f32(x):
     return jnp.asarray(x, jnp.float32)
 
 
+@pytest.mark.device_independent
 @pytest.mark.parametrize(("length", "block"), [(48, 16), (48, 128), (50, 16), (33, 12), (48, 48)])
 def test_obs_unstructured_is_the_published_algorithm(length, block):
     weights, gram = layer(0, length=length)
@@ -158,6 +159,7 @@ def test_obs_of_a_stack_is_obs_of_each(pattern):
         np.testing.assert_allclose(together.weights[i], alone.weights, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.device_independent
 def test_factorize_inverts():
     _, gram = layer(4)
     factor = solver.factorize(f32(gram), 0.01)
@@ -182,6 +184,7 @@ def test_factorize_is_finite_for_any_finite_matrix(gram):
     assert np.all(np.isfinite(solver.factorize(f32(gram)).upper))
 
 
+@pytest.mark.device_independent
 def test_refit_is_least_squares():
     weights, gram = layer(5)
     mask = np.random.default_rng(5).random(weights.shape) < 0.5

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from prunax import _packing
 
 
+@pytest.mark.device_independent
 def test_layout():
     # Ten rows: two bytes a column, row r in bit r % 8 of byte r // 8.
     mask = np.zeros((10, 1), bool)
@@ -17,6 +18,7 @@ def test_layout():
     assert _packing.pack(jnp.asarray(mask))[:, 0].tolist() == [0b00001001, 0b00000001]
 
 
+@pytest.mark.device_independent
 @given(shape=st.lists(st.integers(0, 19), max_size=4).map(tuple), seed=st.integers(0, 10**6))
 def test_round_trip(shape, seed):
     mask = np.random.default_rng(seed).random(shape) < 0.5

@@ -1,6 +1,11 @@
-"""Everything that a user may jit lowers for CPU, CUDA, ROCm and TPU alike, with nothing that only a CPU has."""
+"""Everything that a user may jit lowers for CPU, CUDA, ROCm and TPU alike, with nothing that only a CPU has.
 
+And what goes wrong on an accelerator alone is looked for here: products in TF32, arrays on two kinds of device.
+"""
+
+import ast
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +18,16 @@ import prunax
 from prunax import (
     _packing,
     allocation,
+    calibration,
     initialization,
     patterns,
     penalties,
     schedules,
     scores,
+    structured,
     transforms,
 )
+from prunax import export as exporting
 from prunax.calibration import solver
 
 pytestmark = pytest.mark.relaxed_promotion  # optax's Adam needs it
@@ -156,3 +164,89 @@ def test_what_was_exported_runs_here():
     function = jax.jit(functools.partial(prunax.compute_masks, sparsity=0.9))
     exported = export.export(function, platforms=PLATFORMS)(values)
     assert np.array_equal(exported.call(values)["kernel"], function(values)["kernel"])
+
+
+PRODUCTS = set("dot vdot inner matmul einsum tensordot dot_general".split())
+CONVOLUTIONS = set("conv conv_general_dilated conv_general_dilated_patches".split())
+# These stand where a product of the user's own stood, in the precision that the user runs it in.
+OF_THE_USER = ("export/packed.py", "export/tpu.py")
+
+
+@pytest.mark.parametrize(
+    "file", sorted(Path(prunax.__file__).parent.rglob("*.py")), ids=lambda file: file.stem
+)
+def test_products_say_their_precision(file):
+    # By default a GPU multiplies float32 in TF32 and a TPU in bfloat16, with three and two decimals: no Gram matrix
+    # can be factorized then. On a CPU no result shows it.
+    if file.as_posix().endswith(OF_THE_USER):
+        return
+    for node in ast.walk(ast.parse(file.read_text())):
+        assert not (isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult)), node.lineno
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+            continue
+        on_device = ast.unparse(node.func.value) in ("jnp", "lax", "jax.numpy", "jax.lax")
+        if on_device and node.func.attr in PRODUCTS | CONVOLUTIONS:
+            assert any(k.arg == "precision" for k in node.keywords), f"{file.name}:{node.lineno}"
+
+
+def products(jaxpr):
+    """Every product and convolution of a jaxpr, those of inner ones as well."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
+            yield eqn
+        for inner in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from products(inner)
+
+
+@pytest.mark.parametrize(
+    ("name", "least"), [("sparsegpt", 2), ("refit", 3), ("calibration.admm", 6), ("retarget", 3)]
+)
+def test_solvers_multiply_in_full(name, least):
+    functions = FUNCTIONS | {
+        "retarget": (
+            lambda w, gram: solver.retarget(w, solver.factorize(gram), gram, 0.5),
+            MATRIX,
+            GRAM,
+        )
+    }
+    function, *args = functions[name]
+    found = list(products(jax.make_jaxpr(function)(*args).jaxpr))
+    assert len(found) >= least
+    for eqn in found:
+        precision = eqn.params["precision"]
+        assert precision is not None, eqn
+        assert {jax.lax.Precision(p) for p in precision} == {jax.lax.Precision.HIGHEST}, eqn
+
+
+def packed_product(params, x):
+    kernel = params["first"]["kernel"]
+    mask = prunax.compute_masks({"kernel": kernel}, 0.5, pattern=patterns.Block((4, 4)))["kernel"]
+    return x @ exporting.pack(kernel, mask, patterns.Block((4, 4)))
+
+
+ELSEWHERE = {
+    "global masks": lambda p, x: MASKING["global"](p, 0.5),
+    "blocks": lambda p, x: prunax.compute_masks(p, 0.5, pattern=patterns.Block((4, 4))),
+    "prune": lambda p, x: step_of(TRANSFORMS["prune"])(p, TRANSFORMS["prune"].init(p))[0],
+    "norms": lambda p, x: calibration.input_statistics(apply, p, [x]),
+    "sparsegpt": lambda p, x: calibration.sparsegpt(apply, p, [x], 0.5),
+    "channels": lambda p, x: structured.prune_channels(apply, p, x, target=0.5).params,
+    "packed product": packed_product,
+}
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_arrays_stay_on_their_device(name):
+    # As arrays on the CPU beside a GPU: committed to a device that is not the default one.
+    device = jax.devices()[-1]
+    params = jax.tree.map(lambda p: jax.random.normal(KEY, p.shape) if p.ndim > 1 else p, PARAMS)
+    x = jax.random.normal(KEY, X.shape)
+    here = ELSEWHERE[name](params, x)
+    there = ELSEWHERE[name](*jax.device_put((params, x), device))
+    for a, b in zip(jax.tree.leaves(here), jax.tree.leaves(there), strict=True):
+        assert b.devices() == {device} or b.ndim == 0
+        np.testing.assert_array_equal(a, b)

@@ -53,6 +53,7 @@ HARD = {
 }
 
 
+@pytest.mark.device_independent
 @pytest.mark.parametrize("name", HARD)
 def test_hard_inputs(name):
     x = jnp.asarray(HARD[name].reshape(60, 50), jnp.float32)
@@ -62,6 +63,7 @@ def test_hard_inputs(name):
         assert np.array_equal(select(x, _counts.as_count(k)), expected), k
 
 
+@pytest.mark.device_independent
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "int32", "uint8", "bool"])
 def test_dtypes(dtype):
     x = jnp.asarray(RNG.integers(0, 2 if dtype == "bool" else 40, (23, 31)), dtype)
@@ -86,6 +88,7 @@ SLICES = {
 }
 
 
+@pytest.mark.device_independent
 @pytest.mark.parametrize("axis", [0, 2, -2])
 @pytest.mark.parametrize("name", SLICES)
 def test_slices_are_contests_of_their_own(name, axis):
@@ -150,6 +153,7 @@ def test_vmap_over_the_number_pruned():
         assert np.array_equal(mask, reference([x], [(0,)], [int(k)])[0])
 
 
+@pytest.mark.device_independent
 @pytest.mark.parametrize(
     "n", [1, 5, 35, 999_983, 2**24 + 1, 100_000_000, 2**31 + 7, 2**33 + 5, 2**37 + 1]
 )

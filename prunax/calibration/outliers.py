@@ -81,7 +81,9 @@ def outlier_allocation(
 def _share(leaf: jax.Array, norm: jax.Array, threshold: Any) -> jax.Array:
     dtype = trees.wide_dtype(leaf.dtype, norm.dtype)
     scores = jnp.abs(leaf.astype(dtype)) * norm.astype(dtype)
-    return jnp.mean(scores > threshold * jnp.mean(scores), dtype=dtype)
+    # Counted in integers: a float32 holds no more than 2**24 of them exactly.
+    outliers = jnp.sum(scores > threshold * jnp.mean(scores), dtype=jnp.uint32)
+    return outliers.astype(dtype) / leaf.size
 
 
 @dataclass(frozen=True)
