@@ -1,7 +1,9 @@
 """Structural pruning of any JAX function: coupled axes found from its jaxpr, and the network really smaller."""
 
 from prunax.structured.axes import Frozen, Position
+from prunax.structured.branches import Branch, branches
 from prunax.structured.cost import count_flops, count_parameters, latency
+from prunax.structured.depth import prune_depth
 from prunax.structured.gates import apply_gates, gate_importance, gates
 from prunax.structured.groups import AxisGroup, Explanation, Member, axis_groups, explain
 from prunax.structured.prune import Shrunk, prunable_groups, prune_channels
@@ -19,6 +21,7 @@ from prunax.structured.shrink import shrink, shrink_function
 
 __all__ = [
     "AxisGroup",
+    "Branch",
     "Explanation",
     "Frozen",
     "Member",
@@ -26,6 +29,7 @@ __all__ = [
     "Shrunk",
     "apply_gates",
     "axis_groups",
+    "branches",
     "count_flops",
     "count_parameters",
     "explain",
@@ -39,6 +43,7 @@ __all__ = [
     "proximal_group_lasso",
     "prunable_groups",
     "prune_channels",
+    "prune_depth",
     "rebuild",
     "shrink",
     "shrink_function",

@@ -70,7 +70,7 @@ def _changes(step: Step, keep: Keep) -> bool:
 def _step(step: Step, keep: Keep, args: Sequence[Any]) -> Sequence[Any]:
     eqn = step.eqn
     if not _changes(step, keep):
-        return _bind_as_is(eqn, args)
+        return bind_as_is(eqn, args)
     if eqn.primitive.name in CALLS:
         return _call(step, keep, args)
     if eqn.primitive.name in _WHOLE:
@@ -115,7 +115,7 @@ def keep_of_axes(kept: Iterable[tuple[Axis, np.ndarray | None]]) -> dict[Axis, n
     return keep
 
 
-def _bind_as_is(eqn: JaxprEqn, args: Sequence[Any]) -> Sequence[Any]:
+def bind_as_is(eqn: JaxprEqn, args: Sequence[Any]) -> Sequence[Any]:
     """Evaluate an equation at full size, whatever it is."""
     inner = [p for p in jax.tree.leaves(list(eqn.params.values())) if programs.is_program(p)]
     if not inner:
@@ -219,7 +219,7 @@ def _of_some(
         whole = list(args)
         for i, x in zip(inputs, xs, strict=True):
             whole[i] = x
-        outs = _bind_as_is(eqn, whole)
+        outs = bind_as_is(eqn, whole)
         return [outs[i] for i in outputs]
 
     return dense

@@ -40,6 +40,7 @@ class Shrunk(NamedTuple):
         groups: All groups of the original function.
         whole: For each group that did not shrink why: frozen by what, produced by a leaf that was not selected, another
             factor of the same axis shrank, or nothing was to go.
+        removed: Names of the branches that `prune_depth` left out.
     """
 
     fn: Callable[..., Any]
@@ -47,6 +48,7 @@ class Shrunk(NamedTuple):
     keep: Mapping[AxisGroup, np.ndarray]
     groups: tuple[AxisGroup, ...]
     whole: Mapping[AxisGroup, str] = MappingProxyType({})
+    removed: tuple[str, ...] = ()
 
 
 def prune_channels(
