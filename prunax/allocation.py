@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +19,7 @@ from prunax import _counts, schedules, trees
 
 __all__ = [
     "Allocation",
+    "Allocator",
     "Leaf",
     "Pool",
     "by_path",
@@ -69,7 +71,11 @@ class Allocation(NamedTuple):
     rescale: Callable[[jax.Array], jax.Array] | None = None
 
 
-def uniform(leaves: Sequence[Leaf], sparsity: Any) -> Allocation:
+Allocator = Callable[[Sequence[Leaf], Any], Allocation]
+"""An allocation: from the prunable leaves and an overall sparsity, pools with budgets."""
+
+
+def uniform(leaves: Sequence[Leaf], sparsity: chex.Numeric) -> Allocation:
     """Give every leaf the same sparsity: one pool a leaf.
 
     Args:
@@ -88,7 +94,9 @@ def uniform(leaves: Sequence[Leaf], sparsity: Any) -> Allocation:
     return Allocation(_one_each(leaves, [sparsity] * len(leaves)))
 
 
-def global_ranking(leaves: Sequence[Leaf], sparsity: Any, *, normalize: bool = False) -> Allocation:
+def global_ranking(
+    leaves: Sequence[Leaf], sparsity: chex.Numeric, *, normalize: bool = False
+) -> Allocation:
     """Rank the units of all leaves together: one pool.
 
     Args:
@@ -113,7 +121,7 @@ def global_ranking(leaves: Sequence[Leaf], sparsity: Any, *, normalize: bool = F
     return Allocation(_one_pool(leaves, sparsity), _unit_rms if normalize else None)
 
 
-def lamp(leaves: Sequence[Leaf], sparsity: Any) -> Allocation:
+def lamp(leaves: Sequence[Leaf], sparsity: chex.Numeric) -> Allocation:
     r"""Layer-adaptive magnitude: rank all leaves together by LAMP scores.
 
     .. math:: \mathrm{lamp}(u) = \frac{w_u^2}{\sum_{v : |w_v| \ge |w_u|} w_v^2}
@@ -141,7 +149,7 @@ def lamp(leaves: Sequence[Leaf], sparsity: Any) -> Allocation:
     return Allocation(_one_pool(leaves, sparsity), _lamp_scores)
 
 
-def erdos_renyi(leaves: Sequence[Leaf], sparsity: Any) -> Allocation:
+def erdos_renyi(leaves: Sequence[Leaf], sparsity: chex.Numeric) -> Allocation:
     r"""Erdos-Renyi-kernel: a leaf's density is proportional to the sum of its dimensions over their product.
 
     Small leaves stay denser than large ones. A leaf whose density would exceed 1 is kept whole and the others bear the
@@ -222,7 +230,7 @@ class by_path:
             schedules.check_sparsity("by_path", sparsity, f"the sparsity of {pattern!r}")
         object.__setattr__(self, "sparsities", tuple(sparsities.items()))
 
-    def __call__(self, leaves: Sequence[Leaf], sparsity: Any) -> Allocation:
+    def __call__(self, leaves: Sequence[Leaf], sparsity: chex.Numeric | None) -> Allocation:
         for pattern, _ in self.sparsities:
             if not any(_matches(leaf.path, pattern) for leaf in leaves):
                 known = ", ".join(leaf.path for leaf in leaves)

@@ -41,8 +41,8 @@ def iterative_magnitude_pruning(
     rounds: int,
     fraction: float = 0.2,
     resume: Ticket | None = None,
-    score: Callable[..., PyTree] = score_functions.magnitude,
-    allocation: Any = allocations.uniform,
+    score: score_functions.Score = score_functions.magnitude,
+    allocation: allocations.Allocator = allocations.uniform,
     pattern: patterns.Pattern = patterns.Unstructured(),
     where: trees.Where = trees.is_kernel,
 ) -> Iterator[Ticket]:
@@ -94,8 +94,8 @@ def _tickets(
     rounds: int,
     fraction: float,
     ticket: Ticket | None,
-    score: Callable[..., PyTree],
-    allocation: Any,
+    score: score_functions.Score,
+    allocation: allocations.Allocator,
     pattern: patterns.Pattern,
     where: trees.Where,
 ) -> Iterator[Ticket]:

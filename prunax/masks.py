@@ -8,8 +8,9 @@ works with no special case.
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,20 +22,21 @@ from prunax import allocation as allocations
 __all__ = ["apply_masks", "compute_masks", "straight_through"]
 
 PyTree = Any
+Tree = TypeVar("Tree")  # of which a mask tree has the structure
 Score = jax.Array | Partial
 Structure = tuple[tuple[tuple[int, ...], ...], Callable[[jax.Array], jax.Array] | None]
 
 
 def compute_masks(
-    params: PyTree,
-    sparsity: Any = None,
+    params: Tree,
+    sparsity: chex.Numeric | None = None,
     *,
     scores: PyTree | None = None,
-    threshold: Any = None,
-    allocation: Any = allocations.uniform,
+    threshold: chex.Numeric | None = None,
+    allocation: allocations.Allocator = allocations.uniform,
     pattern: patterns.Pattern = patterns.Unstructured(),
     where: trees.Where = trees.is_kernel,
-) -> PyTree:
+) -> Tree:
     """Choose which weights to keep.
 
     Args:
@@ -116,7 +118,7 @@ def compute_masks(
     return chosen.put(kept, jax.tree.map(lambda _: trees.keep_all(), params))
 
 
-def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
+def apply_masks(params: Tree, masks: PyTree) -> Tree:
     """Set pruned weights to zero.
 
     Args:
@@ -139,7 +141,7 @@ def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
     return _map_masked("apply_masks", _zero, params, masks)
 
 
-def straight_through(params: PyTree, masks: PyTree) -> PyTree:
+def straight_through(params: Tree, masks: PyTree) -> Tree:
     """Mask in the forward pass, and let the gradient through to every weight.
 
     Args:
@@ -192,9 +194,9 @@ class Plan(NamedTuple):
 
 def plan(
     leaves: Sequence[tuple[str, tuple[int, ...]]],
-    sparsity: Any,
+    sparsity: chex.Numeric | None,
     *,
-    allocation: Any,
+    allocation: allocations.Allocator,
     pattern: patterns.Pattern,
 ) -> Plan:
     """Ask the allocation for pools and turn their sparsities into numbers of units.
@@ -345,7 +347,10 @@ def _above_threshold(
 
 
 def _check_request(
-    sparsity: Any, threshold: Any, allocation: Any, pattern: patterns.Pattern
+    sparsity: chex.Numeric | None,
+    threshold: chex.Numeric | None,
+    allocation: allocations.Allocator,
+    pattern: patterns.Pattern,
 ) -> None:
     patterns.check_pattern("compute_masks", pattern)
     allocations.check_allocation("compute_masks", allocation)
@@ -372,7 +377,7 @@ def _check_request(
         schedules.check_sparsity("compute_masks", sparsity)
     elif jnp.ndim(sparsity):
         raise TypeError(
-            f"compute_masks: sparsity must be a scalar, got shape {sparsity.shape}. Use jax.vmap for several at once."
+            f"compute_masks: sparsity must be a scalar, got shape {jnp.shape(sparsity)}. Use jax.vmap for several."
         )
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from prunax import trees
 
-__all__ = ["Schedule", "alternating", "constant", "one_shot", "polynomial"]
+__all__ = ["Schedule", "Sparsity", "alternating", "constant", "one_shot", "polynomial"]
 
 Step = int | jax.Array
 
@@ -34,6 +34,10 @@ class Schedule(Protocol):
     def is_update_step(self, step: Step) -> Any:
         """Whether masks are recomputed at `step`, a bool scalar."""
         ...
+
+
+Sparsity = float | Schedule | None
+"""What `prunax.prune` takes: a number in [0, 1], a schedule, or None for what the pattern fixes."""
 
 
 @dataclass(frozen=True)

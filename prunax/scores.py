@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from prunax import trees
 
 __all__ = [
+    "Score",
     "ema",
     "fisher",
     "gradient",
@@ -27,6 +28,9 @@ __all__ = [
 ]
 
 PyTree = Any
+
+Score = Callable[..., Any]
+"""A score: ``score(params, grads)`` gives a tree of the params' structure, larger = keep."""
 
 
 def magnitude(params: PyTree, grads: PyTree | None = None) -> PyTree:
@@ -267,7 +271,7 @@ class ema:
         >>> tx = prunax.prune(optax.adam(1e-3), prunax.schedules.polynomial(0.9, 0, 1000, every=50), score=score)
     """
 
-    score: Callable[..., PyTree]
+    score: Score
     decay: float
 
     def __post_init__(self) -> None:
@@ -308,7 +312,7 @@ def check_score(function: str, score: object) -> None:
     )
 
 
-def needs_key(score: Callable[..., PyTree]) -> bool:
+def needs_key(score: Score) -> bool:
     """Say whether a score has a `key` argument that nothing is bound to."""
     parameter = inspect.signature(score).parameters.get("key")
     return parameter is not None and parameter.default is inspect.Parameter.empty

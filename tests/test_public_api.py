@@ -4,6 +4,7 @@ import importlib
 import importlib.metadata
 import inspect
 import pkgutil
+import typing
 
 import pytest
 
@@ -62,7 +63,8 @@ def test_module_is_documented(name):
 def test_name_exists_and_is_documented(name):
     item = EXPORTED[name]
     assert item is not None, f"{name} is in __all__ and not in the module"
-    if inspect.ismodule(item) or callable(item):
+    alias = typing.get_origin(item) is not None  # of a type; the reference shows the text below it
+    if (inspect.ismodule(item) or callable(item)) and not alias:
         assert own_docstring(item), f"{name} has no docstring"
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prunax import trees
+from prunax import schedules, trees
 from prunax.reports._summary import summarize
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def weights(
     return figure
 
 
-def schedule(schedule: Any, steps: int, *, title: str = "") -> "Figure":
+def schedule(schedule: float | schedules.Schedule, steps: int, *, title: str = "") -> "Figure":
     """Draw a sparsity schedule over the steps, with a dot at each step that updates masks.
 
     Args:

@@ -299,7 +299,7 @@ def channels(
 
 
 def _shared_out_units(
-    allocation: Any, unit_scores: Mapping[AxisGroup, np.ndarray], sparsity: float
+    allocation: allocations.Allocator, unit_scores: Mapping[AxisGroup, np.ndarray], sparsity: float
 ) -> np.ndarray:
     left = numbers_left(unit_scores, min(max(sparsity, 0.0), 1.0), allocation)
     return np.array([group.size - count for group, count in left.items()], np.int64)
@@ -319,7 +319,7 @@ def _put(treedef: Any, own: Mapping[int, jax.Array]) -> PyTree:
 
 
 def _shared_out(
-    allocation: Any,
+    allocation: allocations.Allocator,
     infos: Sequence[allocations.Leaf],
     sizes: Sequence[int],
     scores: Sequence[Any],

@@ -58,7 +58,7 @@ def prune_channels(
     sparsity: float | None = None,
     scores: PyTree | None = None,
     threshold: float | None = None,
-    allocation: Any = allocations.uniform,
+    allocation: allocations.Allocator = allocations.uniform,
     round_to: int = 1,
     min_width: int = 1,
     where: trees.Where = trees.is_kernel,
@@ -200,7 +200,7 @@ def _choose(
     unit_scores: Mapping[AxisGroup, np.ndarray],
     sparsity: float | None,
     threshold: float | None,
-    allocation: Any,
+    allocation: allocations.Allocator,
     limits: tuple[int, int],
 ) -> tuple[Kept, dict[AxisGroup, AxisGroup]]:
     """The units to keep of each group that shrinks, and for groups that leave it to another factor, that one."""

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from prunax import allocation as allocations
 from prunax import masks, patterns, trees
 from prunax.structured.groups import AxisGroup
 
@@ -127,7 +128,7 @@ def _magnitudes(params: PyTree, where: trees.Where) -> PyTree:
 
 
 def numbers_left(
-    unit_scores: UnitScores, sparsity: float | None, allocation: Any
+    unit_scores: UnitScores, sparsity: float | None, allocation: allocations.Allocator
 ) -> dict[AxisGroup, int]:
     """How many units each group keeps when an allocation shares out a sparsity.
 

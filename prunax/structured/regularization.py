@@ -8,6 +8,7 @@ just those, the network's output unchanged.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -169,7 +170,7 @@ def growing_strengths(
 def soft_threshold(
     groups: Sequence[AxisGroup],
     params: PyTree,
-    threshold: Any,
+    threshold: chex.Numeric,
     *,
     where: trees.Where = trees.is_kernel,
 ) -> PyTree:

@@ -23,14 +23,14 @@ def dynamic_sparse(
     inner: optax.GradientTransformation,
     sparsity: float | None,
     *,
-    grow: Callable[..., PyTree],
+    grow: score_functions.Score,
     key: jax.Array,
     every: int = 100,
     end_step: int | None = None,
     drop_fraction: float | Callable[[jax.Array], jax.Array] = 0.3,
-    drop: Callable[..., PyTree] = score_functions.magnitude,
-    initial: Callable[..., PyTree] = score_functions.random,
-    allocation: Any = allocations.erdos_renyi,
+    drop: score_functions.Score = score_functions.magnitude,
+    initial: score_functions.Score = score_functions.random,
+    allocation: allocations.Allocator = allocations.erdos_renyi,
     pattern: patterns.Pattern = patterns.Unstructured(),
     where: trees.Where = trees.is_kernel,
     mask_gradients: bool = True,
@@ -130,7 +130,7 @@ def dynamic_sparse(
                 "none of. Use allocation.erdos_renyi, uniform, global_ranking or by_path."
             )
 
-        def score(function: Callable[..., PyTree], noun: str) -> list[jax.Array]:
+        def score(function: score_functions.Score, noun: str) -> list[jax.Array]:
             fresh = (
                 {"key": jax.random.fold_in(key, count)}
                 if score_functions.needs_key(function)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from prunax import _counts, _packing, patterns, schedules, trees
+from prunax import allocation as allocations
 from prunax import masks as mask_functions
 from prunax import scores as score_functions
 
@@ -223,7 +224,7 @@ def plan_at(
     schedule: schedules.Schedule,
     count: jax.Array,
     leaves: list[tuple[str, tuple[int, ...]]],
-    allocation: Any,
+    allocation: allocations.Allocator,
     pattern: patterns.Pattern,
 ) -> mask_functions.Plan:
     """Make the plan of a traced step.

@@ -19,10 +19,10 @@ __all__ = ["fixed_masks", "prune"]
 
 def prune(
     inner: optax.GradientTransformation,
-    sparsity: Any,
+    sparsity: schedules.Sparsity,
     *,
-    score: Any = score_functions.magnitude,
-    allocation: Any = allocations.uniform,
+    score: score_functions.Score = score_functions.magnitude,
+    allocation: allocations.Allocator = allocations.uniform,
     pattern: patterns.Pattern = patterns.Unstructured(),
     where: trees.Where = trees.is_kernel,
     key: jax.Array | None = None,
