@@ -98,11 +98,11 @@ def why_whole(path: str, shape: Shape, known: Folders | None = None) -> str:
     """
     if len(shape) < 2:
         return "fewer than two axes"
-    parts = _parts(path)
+    beside = {} if known is None else known.get(path.rpartition("/")[0], {})
+    parts = _parts(path, beside)
     folder = parts[-2] if len(parts) > 1 else ""
     name = parts[-1] if parts else ""
     words, around = _words(name), _words(folder)
-    beside = {} if known is None else known.get(path.rpartition("/")[0], {})
     return (
         _of_a_collection(path, parts, known)
         or _of_its_name(name, words, folder)
@@ -196,13 +196,14 @@ def _has_output_bias(shape: Shape, beside: Mapping[str, Shape]) -> bool:
     return any(len(beside.get(bias, shape)) < len(shape) for bias in ("bias", "b"))
 
 
-def _parts(path: str) -> tuple[str, ...]:
+def _parts(path: str, beside: Mapping[str, Shape]) -> tuple[str, ...]:
     """The parts of a path that say something: no numbers, and no box around an array."""
     parts = [p for p in path.split("/") if p and p != "~" and not p.isdigit()]
-    # A checkpoint of an `nnx.State` has the array in a box: `dense/kernel/value`.
+    # A checkpoint of an `nnx.State` has the array in a box, alone: `dense/kernel/value`.
     if (
         len(parts) > 1
         and parts[-1] == "value"
+        and len(beside) < 2
         and parts[-2] in ("kernel", "bias", "scale", "embedding")
     ):
         del parts[-1]

@@ -186,6 +186,8 @@ def test_an_attribute_called_value_keeps_its_name():
     assert trees.paths(tree) == ["head/key", "head/value", "param/w/value"]
     masks = prunax.compute_masks({"head": head}, 0.5)
     assert masks["head"].value.sum() == masks["head"].key.sum() == 6
+    # Of a box with the name of something else, `value` would be the only one in it.
+    assert prunax.compute_masks({"scale": head}, 0.5)["scale"].value.sum() == 6
     named = trees.map_with_path(lambda path, leaf: path, {"head": head})
     assert named["head"] == Head("head/key", "head/value")
 
