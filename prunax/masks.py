@@ -417,30 +417,50 @@ def _given_scores(scores: PyTree, chosen: trees.Selection) -> tuple[trees.Select
         raise TypeError(
             f"compute_masks: scores must be a tree, got {scores!r}. Call it: scores=score(params, grads)."
         )
-    score_leaves = chosen.take("compute_masks", "scores", scores)
-    scored = []
-    for n, (path, leaf, score) in enumerate(
-        zip(chosen.paths, chosen.leaves, score_leaves, strict=True)
-    ):
-        if np.shape(score) == () and leaf.ndim > 0:
-            continue
-        if np.shape(score) != leaf.shape:
-            raise ValueError(
-                f"compute_masks: the scores of {path!r} have shape {np.shape(score)}, the leaf has {leaf.shape}. "
-                f"Score every weight, or give the leaf a scalar score to leave it whole."
-            )
-        if not (trees.is_array(score) and jnp.issubdtype(score.dtype, jnp.floating)):
-            raise TypeError(
-                f"compute_masks: the scores of {path!r} must be floating-point, got "
-                f"{getattr(score, 'dtype', type(score))}. Convert them with .astype(jnp.float32)."
-            )
-        scored.append(n)
-    if not scored:
+    ranked, score_leaves = scored("compute_masks", "scores", scores, chosen)
+    if not ranked.indices:
         raise ValueError(
             f"compute_masks: every selected leaf has a scalar score, which means never pruned: "
             f"{', '.join(chosen.paths)}. Score at least one of them by weight."
         )
-    return chosen.only(scored), [score_leaves[n] for n in scored]
+    return ranked, score_leaves
+
+
+def scored(
+    function: str, noun: str, scores: PyTree, chosen: trees.Selection
+) -> tuple[trees.Selection, list[Any]]:
+    """Leave out the leaves whose score is a scalar, which means that they are never pruned.
+
+    Args:
+        function: The public function that ranks, named in errors.
+        noun: What the scores are, named in errors.
+        scores: Tree of the params' structure.
+        chosen: The prunable leaves.
+
+    Returns:
+        The leaves that are left, and a score of the leaf's shape for each of them.
+
+    Raises:
+        ValueError: Naming the leaf, if its score has another shape.
+        TypeError: Naming the leaf, if its score is not floating-point.
+    """
+    score_leaves = chosen.take(function, noun, scores)
+    ranked = [
+        n for n, leaf in enumerate(chosen.leaves) if np.shape(score_leaves[n]) or not leaf.ndim
+    ]
+    for n in ranked:
+        path, leaf, score = chosen.paths[n], chosen.leaves[n], score_leaves[n]
+        if np.shape(score) != leaf.shape:
+            raise ValueError(
+                f"{function}: the {noun} of {path!r} have shape {np.shape(score)}, the leaf has {leaf.shape}. "
+                f"Score every weight, or give the leaf a scalar score to leave it whole."
+            )
+        if not (trees.is_array(score) and jnp.issubdtype(score.dtype, jnp.floating)):
+            raise TypeError(
+                f"{function}: the {noun} of {path!r} must be floating-point, got "
+                f"{getattr(score, 'dtype', type(score))}. Convert them with .astype(jnp.float32)."
+            )
+    return chosen.only(ranked), [score_leaves[n] for n in ranked]
 
 
 def check_masks(function: str, params: PyTree, masks: PyTree) -> list[Any]:

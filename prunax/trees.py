@@ -208,6 +208,11 @@ class Selection(NamedTuple):
         indices, paths = [self.indices[n] for n in which], [self.paths[n] for n in which]
         return Selection(self.params, indices, paths, [self.leaves[n] for n in which])
 
+    def merge(self, some: "Selection", new: Sequence[Any], old: Sequence[Any]) -> list[Any]:
+        """Put what belongs to some of the chosen leaves in its place among what belongs to all of them."""
+        at = dict(zip(some.indices, new, strict=True))
+        return [at.get(i, leaf) for i, leaf in zip(self.indices, old, strict=True)]
+
     def take(self, function: str, noun: str, tree: PyTree) -> list[Any]:
         """Flatten a tree like the params (see `leaves_like`) and take the leaves in the chosen places."""
         leaves = leaves_like(function, noun, tree, self.params)

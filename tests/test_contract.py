@@ -631,7 +631,9 @@ def test_nothing_to_prune():
         prunax.allocation.lamp,
     ):
         tx = prunax.prune(optax.sgd(0.5), 0.5, allocation=allocation)
-        updates, state = tx.update(params, tx.init(params), params)
+        with pytest.warns(UserWarning, match="nothing will be pruned"):
+            state = tx.init(params)
+        updates, state = tx.update(params, state, params)
         assert updates["bias"].tolist() == [-0.5, -0.5, -0.5]
         assert int(state.count) == 1
 

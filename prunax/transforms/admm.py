@@ -115,13 +115,16 @@ def admm(
         def project(sparse: list[jax.Array], dual: list[jax.Array]) -> tuple[Any, Any]:
             del sparse
             target = [w + u for w, u in zip(weights, dual, strict=True)]
-            scores = chosen.take("admm", "scores", score(chosen.put(target, params), updates))
+            tree = score(chosen.put(target, params), updates)
+            ranked, scores = mask_functions.scored("admm", "scores", tree, chosen)
             plan = mask_functions.plan(
-                chosen.shapes, schedule.target, allocation=allocation, pattern=pattern
+                ranked.shapes, schedule.target, allocation=allocation, pattern=pattern
             )
             masks = mask_functions.select_masks(
                 scores, plan.budgets, pattern=pattern, structure=plan.structure
             )
+            everything = [jnp.ones((), jnp.bool_) for _ in target]
+            masks = chosen.merge(ranked, masks, everything)
             z = [jnp.where(m, t, 0) for m, t in zip(masks, target, strict=True)]
             return z, [t - s for t, s in zip(target, z, strict=True)]
 

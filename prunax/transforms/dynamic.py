@@ -121,25 +121,31 @@ def dynamic_sparse(
         masks: list[jax.Array],
     ) -> Ranking:
         del averaged
+        score_of = {"initial scores": initial, "drop scores": drop, "grow scores": grow}
+        scores: dict[str, dict[int, jax.Array]] = {}
+        for noun, function in score_of.items():
+            step_key = jax.random.fold_in(key, count)
+            fresh = {"key": step_key} if score_functions.needs_key(function) else {}
+            tree = function(chosen.params, grads, **fresh)
+            ranked, arrays = mask_functions.scored("dynamic_sparse", noun, tree, chosen)
+            scores[noun] = dict(zip(ranked.indices, arrays, strict=True))
+        # A leaf that lacks one of the scores is never pruned.
+        moving = chosen.only(
+            [
+                n
+                for n, i in enumerate(chosen.indices)
+                if all(i in found for found in scores.values())
+            ]
+        )
+        initials, drops, grows = ([found[i] for i in moving.indices] for found in scores.values())
         plan = mask_functions.plan(
-            chosen.shapes, schedule.target, allocation=allocation, pattern=pattern
+            moving.shapes, schedule.target, allocation=allocation, pattern=pattern
         )
         if plan.rescale is not None:
             raise ValueError(
                 "dynamic_sparse: the allocation rescales scores, which connections that stay or go in any case have "
                 "none of. Use allocation.erdos_renyi, uniform, global_ranking or by_path."
             )
-
-        def score(function: score_functions.Score, noun: str) -> list[jax.Array]:
-            fresh = (
-                {"key": jax.random.fold_in(key, count)}
-                if score_functions.needs_key(function)
-                else {}
-            )
-            scores = chosen.take("dynamic_sparse", noun, function(chosen.params, grads, **fresh))
-            return [
-                jnp.broadcast_to(s, a.shape) for s, a in zip(scores, chosen.leaves, strict=True)
-            ]
 
         def choose(scores: list[jax.Array], budgets: list[Any]) -> list[jax.Array]:
             return mask_functions.select_masks(
@@ -148,11 +154,9 @@ def dynamic_sparse(
 
         def start(masks: list[jax.Array]) -> Ranking:
             del masks
-            scores = score(initial, "initial scores")
-            return Ranking(choose(scores, plan.budgets), any_nan(scores))
+            return Ranking(choose(initials, plan.budgets), any_nan(initials))
 
         def move(masks: list[jax.Array]) -> Ranking:
-            drops, grows = score(drop, "drop scores"), score(grow, "grow scores")
             f = fraction(count)
             lowered = [
                 _counts.add(budget, _counts.num_pruned(f, size - budget))
@@ -163,9 +167,12 @@ def dynamic_sparse(
             wanted = [jnp.where(m, jnp.inf, s) for m, s in zip(left, grows, strict=True)]
             return Ranking(choose(wanted, plan.budgets), any_nan(drops) | any_nan(grows))
 
-        return jax.lax.cond(count == 0, start, move, masks)
+        taken = [m for m, i in zip(masks, chosen.indices, strict=True) if i in moving.indices]
+        new = jax.lax.cond(count == 0, start, move, taken)
+        return Ranking(chosen.merge(moving, new.masks, masks), new.has_nan)
 
     return train_masked(
+        "dynamic_sparse",
         inner,
         is_update_step,
         next_masks,

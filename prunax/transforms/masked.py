@@ -2,7 +2,7 @@
 
 A method says when masks change and how the next ones come from params, gradients and the masks
 before. The rest is here: hide pruned weights from the inner optimizer, emit updates that leave exact
-zeros, forget the moments of weights that come back, keep the old masks when a score is NaN.
+zeros, start weights that come back anew, keep the old masks when a score is NaN.
 """
 
 from collections.abc import Callable
@@ -16,11 +16,13 @@ from prunax import _counts, _packing, patterns, schedules, trees
 from prunax import allocation as allocations
 from prunax import masks as mask_functions
 from prunax import scores as score_functions
+from prunax.transforms import _checks, _inner
 
 __all__ = ["PruneState", "unpack_masks"]
 
 PyTree = Any
 Arrays = list[jax.Array]
+Place = tuple[str, ...]
 
 
 class PruneState(NamedTuple):
@@ -60,6 +62,7 @@ NextMasks = Callable[[jax.Array, PyTree, PyTree, trees.Selection, Arrays], Ranki
 
 
 def train_masked(
+    name: str,
     inner: optax.GradientTransformation,
     is_update_step: Callable[[jax.Array], Any],
     next_masks: NextMasks,
@@ -69,12 +72,17 @@ def train_masked(
     mask_gradients: bool,
     packed: bool,
     average: score_functions.ema | None = None,
+    given: PyTree | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Wrap an optimizer so that it trains under masks that `next_masks` renews at `is_update_step`."""
+    """Wrap an optimizer so that it trains under masks that `next_masks` renews at `is_update_step`.
+
+    Masks begin as those `given`, or as True. In the latter case leaves that the optimizer never moves get no masks of
+    their own.
+    """
     if not (hasattr(inner, "init") and hasattr(inner, "update")):
         raise TypeError(
-            f"prune: inner must be an optax transformation, got {inner!r}. "
-            f"The optimizer comes first: prune(optax.adam(1e-3), 0.9)."
+            f"{name}: inner must be an optax transformation, got {inner!r}. "
+            f"The optimizer comes first: {name}(optax.adam(1e-3), ...)."
         )
     inner = optax.with_extra_args_support(inner)
 
@@ -85,19 +93,31 @@ def train_masked(
         return _packing.unpack(stored, leaf.shape) if packed else stored
 
     def init(params: PyTree) -> PruneState:
-        trees.check_params("prune", params, trained=True)
+        trees.check_params(name, params, trained=True)
+        model = _inner.model_of(params)
+        inner_state = inner.init(params)
+        chosen, fixed, at_rest = trees.select(model, where), None, set[str]()
+        if given is not None and jax.tree.leaves(model):  # optax asks with placeholders as well
+            mask_functions.check_masks(name, model, given)
+            fixed = chosen.take(name, "masks", given)
+        elif chosen.indices:
+            at_rest = _inner.frozen(inner.update, inner_state, params)
+            chosen = chosen.only([n for n, path in enumerate(chosen.paths) if path not in at_rest])
+        _checks.warn_of_nothing(name, model, chosen, at_rest)
+        _checks.warn_of_no_numbers(name, chosen, fixed)
 
-        def mask(path: str, leaf: Any) -> jax.Array:
-            if trees.is_array(leaf) and where(path, leaf):
-                return pack(jnp.ones_like(leaf, dtype=jnp.bool_))
-            return trees.keep_all()
+        def masks(part: PyTree) -> PyTree:
+            full = fixed or [jnp.ones_like(leaf, dtype=jnp.bool_) for leaf in chosen.leaves]
+            return chosen.put(
+                [pack(jnp.array(m)) for m in full], jax.tree.map(lambda _: trees.keep_all(), part)
+            )
 
         return PruneState(
             count=jnp.zeros((), jnp.int32),
-            masks=trees.map_with_path(mask, params),
-            inner_state=inner.init(params),
+            masks=_inner.map_copies(masks, params),
+            inner_state=inner_state,
             skipped_updates=jnp.zeros((), jnp.int32),
-            averaged_scores=None if average is None else average.init(params),
+            averaged_scores=None if average is None else average.init(model),
         )
 
     def update(
@@ -105,22 +125,37 @@ def train_masked(
     ) -> tuple[PyTree, PruneState]:
         if params is None:
             raise ValueError(
-                "prune: You are using a transformation that requires the current value of parameters, but you are "
-                "not passing `params` when calling `update`. Call tx.update(grads, state, params)."
+                f"{name}: You are using a transformation that requires the current value of parameters, but you are "
+                f"not passing `params` when calling `update`. Call tx.update(grads, state, params)."
             )
-        chosen = trees.select(params, where)
-        leaves = chosen.leaves
-        patterns.check_fit("prune", pattern, chosen.shapes)
-        patterns.check_shards("prune", pattern, chosen)
-        stored = chosen.take("prune", "masks in the state", state.masks)
-        gradients = chosen.take("prune", "updates", updates)
-        _check_shapes(chosen, stored, gradients, packed)
+        # Leaves without gradients are left out of all that follows, as if they were not there.
+        trained = _Trained(name, _inner.model_of(params), updates)
+        model, updates = trained.only(_inner.model_of(params)), trained.updates
+        old_masks = trained.only(_inner.model_of(state.masks))
+        chosen = trees.select(model, where)
+        patterns.check_fit(name, pattern, chosen.shapes)
+        patterns.check_shards(name, pattern, chosen)
+        stored = chosen.take(name, "masks in the state", old_masks)
+        own = [n for n, m in enumerate(stored) if jnp.ndim(m) or not chosen.leaves[n].ndim]
+        chosen, stored = chosen.only(own), [stored[n] for n in own]
+        leaves, gradients = chosen.leaves, chosen.take(name, "updates", updates)
+        _checks.check_shapes(name, chosen, stored, gradients, packed)
 
-        averaged = state.averaged_scores
+        averaged = trained.only(state.averaged_scores)
         if average is not None:
-            averaged = average.update(averaged, params, updates)
+            averaged = average.update(averaged, model, updates)
 
         due = is_update_step(state.count)
+        weights = _inner.weights_of(state.inner_state, _inner.model_of(params))
+        copied = _inner.copies(inner.init, params)
+        places = trees.places(model)
+
+        def at(arrays: Arrays) -> dict[Place, jax.Array]:
+            return {places[i]: array for i, array in zip(chosen.indices, arrays, strict=True)}
+
+        def of_weights(arrays: Arrays) -> dict[Place, jax.Array]:
+            known = at(arrays)
+            return {place: known[weight] for place, weight in weights.items() if weight in known}
 
         def rank(old: Arrays) -> tuple[Arrays, Arrays, jax.Array]:
             before = [unpack(m, leaf) for m, leaf in zip(old, leaves, strict=True)]
@@ -140,18 +175,17 @@ def train_masked(
             )
             if mask_gradients:
                 # A weight that comes back begins at zero without a past, and with the gradient of the next step.
-                inner_state = optax.tree.map_params(
-                    inner,
-                    _forget,
-                    inner_state,
-                    chosen.put(grown, jax.tree.map(lambda _: jnp.zeros((), jnp.bool_), params)),
-                    is_leaf=lambda node: isinstance(node, optax.MaskedNode),
-                )
+                inner_state = begin_anew(inner_state, grown)
                 grads = _zero(grads, [~g for g in grown])
             return new, grads, inner_state, skipped
 
         def keep(old: Arrays, grads: Arrays, inner_state: Any) -> tuple[Arrays, Arrays, Any, Any]:
             return old, grads, inner_state, jnp.zeros((), jnp.int32)
+
+        def begin_anew(inner_state: Any, grown: Arrays) -> Any:
+            fresh = inner.init(params)
+            first = dict(zip(trees.places(fresh), jax.tree.leaves(fresh), strict=True))
+            return _map_at(jnp.where, of_weights(grown), inner_state, first)
 
         # All that a mask update touches goes through: nothing of the old state is read afterwards, so that in other
         # steps XLA passes buffers on instead of copying them.
@@ -165,26 +199,36 @@ def train_masked(
         )
         masks = [unpack(m, leaf) for m, leaf in zip(stored, leaves, strict=True)]
 
+        def masked_copies(inner_state: Any) -> Any:
+            at = of_weights(masks)
+            return _map_at(_masked, {place: at[place] for place in copied & set(at)}, inner_state)
+
         inner_updates, inner_params = updates, params
         if mask_gradients:
             inner_updates = chosen.put(_zero(grads, masks), updates)
-            inner_params = chosen.put(_zero(leaves, masks), params)
+            inner_params = _inner.map_copies(lambda copy: _map_at(_masked, at(masks), copy), params)
         new_updates, inner_state = inner.update(
-            inner_updates, inner_state, inner_params, **extra_args
+            inner_updates, masked_copies(inner_state), inner_params, **extra_args
         )
-        emitted = [
-            # In the parameter's dtype: in a narrower one -param would not cancel it exactly.
-            jnp.where(mask, u.astype(leaf.dtype), -leaf)
-            for mask, u, leaf in zip(
-                masks, chosen.take("prune", "inner updates", new_updates), leaves, strict=True
-            )
-        ]
-        return chosen.put(emitted, new_updates), PruneState(
+
+        def emit(copy: PyTree, new_updates: PyTree) -> PyTree:
+            missing = set(at(masks)) - set(trees.places(new_updates))
+            if missing:
+                raise ValueError(
+                    f"{name}: the inner optimizer gives no update of {'/'.join(min(missing))!r}, so that it cannot be "
+                    f"pruned. Leave it out with `where`."
+                )
+            weight_at = dict(zip(trees.places(copy), jax.tree.leaves(copy), strict=True))
+            return _map_at(_emitted, at(masks), new_updates, weight_at)
+
+        return _inner.map_copies(emit, params, new_updates), PruneState(
             count=jnp.asarray(optax.safe_increment(state.count)),
-            masks=chosen.put(stored, state.masks),
-            inner_state=inner_state,
+            masks=_inner.map_copies(
+                lambda masks: trained.put(chosen.put(stored, old_masks), masks), state.masks
+            ),
+            inner_state=masked_copies(inner_state),
             skipped_updates=state.skipped_updates + skipped,
-            averaged_scores=averaged,
+            averaged_scores=trained.put(averaged, state.averaged_scores),
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -252,34 +296,62 @@ def any_nan(arrays: Arrays) -> jax.Array:
     return found
 
 
-def _check_shapes(chosen: trees.Selection, stored: Arrays, gradients: Arrays, packed: bool) -> None:
-    """Raise ValueError, naming the leaf, where the state or the updates are those of other params."""
-    for path, leaf, mask, gradient in zip(
-        chosen.paths, chosen.leaves, stored, gradients, strict=True
-    ):
-        wanted = _packing.packed_shape(leaf.shape) if packed else leaf.shape
-        if jnp.shape(mask) != wanted:
-            raise ValueError(
-                f"prune: {path!r} has shape {leaf.shape}, and the mask in the state has shape {jnp.shape(mask)} where "
-                f"it should have {wanted}. The state was made for other params (or with another `packed`, or another "
-                f"`where`): make a new one with tx.init(params)."
-            )
-        if jnp.shape(gradient) != leaf.shape:
-            raise ValueError(
-                f"prune: {path!r} has shape {leaf.shape}, and its update has shape {jnp.shape(gradient)}. Pass the "
-                f"gradients of these params."
-            )
-
-
 def _zero(leaves: Arrays, masks: Arrays) -> Arrays:
-    return [
-        jnp.where(mask, leaf, jnp.zeros((), leaf.dtype))
-        for leaf, mask in zip(leaves, masks, strict=True)
-    ]
+    return [_masked(mask, leaf) for leaf, mask in zip(leaves, masks, strict=True)]
 
 
-def _forget(moment: Any, grown: jax.Array) -> Any:
-    # Factored and per-layer statistics have shapes of their own, and nothing in them belongs to one weight.
-    if not trees.is_array(moment) or moment.shape != grown.shape:
-        return moment
-    return jnp.where(grown, jnp.zeros((), moment.dtype), moment)
+def _masked(mask: jax.Array, leaf: jax.Array) -> jax.Array:
+    return jnp.where(mask, leaf, jnp.zeros((), leaf.dtype))
+
+
+def _emitted(mask: jax.Array, weight: jax.Array, update: jax.Array) -> jax.Array:
+    # In the parameter's dtype: in a narrower one -param would not cancel it exactly.
+    return jnp.where(mask, update.astype(weight.dtype), -weight)
+
+
+def _map_at(
+    function: Callable[..., jax.Array],
+    arrays: dict[Place, jax.Array],
+    tree: PyTree,
+    *others: dict[Place, jax.Array],
+) -> PyTree:
+    """Map ``function(array, *others, leaf)`` over the leaves of a tree in whose places there are arrays."""
+    if not arrays:
+        return tree
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef.unflatten(
+        function(arrays[place], *(other[place] for other in others), leaf)
+        if place in arrays
+        else leaf
+        for place, leaf in zip(trees.places(tree), leaves, strict=True)
+    )
+
+
+class _Trained:
+    """The leaves of a model that have gradients, and trees cut down to them: None stands for each of the others."""
+
+    def __init__(self, name: str, model: PyTree, updates: PyTree) -> None:
+        gradients = _checks.gradients_of(name, model, updates)
+        self.which = [g is not None for g in gradients]
+        self.updates = (
+            updates if all(self.which) else jax.tree.unflatten(jax.tree.structure(model), gradients)
+        )
+
+    def only(self, tree: PyTree) -> PyTree:
+        """Leave out what has no gradient."""
+        if all(self.which) or tree is None:
+            return tree
+        leaves, treedef = jax.tree.flatten(tree)
+        return treedef.unflatten(
+            leaf if has else None for leaf, has in zip(leaves, self.which, strict=True)
+        )
+
+    def put(self, part: PyTree, tree: PyTree) -> PyTree:
+        """Put what `only` took, changed perhaps, back into the whole tree."""
+        if all(self.which) or tree is None:
+            return part
+        new = iter(jax.tree.leaves(part))
+        leaves, treedef = jax.tree.flatten(tree)
+        return treedef.unflatten(
+            next(new) if has else leaf for leaf, has in zip(leaves, self.which, strict=True)
+        )

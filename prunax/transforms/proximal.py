@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from prunax import patterns, trees
+from prunax.transforms import _checks
 
 __all__ = ["ProximalState", "proximal_group_lasso", "proximal_l1"]
 
@@ -139,6 +140,7 @@ def proximal(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: PyTree) -> ProximalState:
+        _checks.warn_of_nothing(name, params, trees.select(params, where), set())
         return ProximalState(jnp.zeros((), jnp.int32), inner.init(params))
 
     def update(

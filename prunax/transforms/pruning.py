@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import Partial
 
-from prunax import _packing, patterns, schedules, trees
 from prunax import allocation as allocations
 from prunax import masks as mask_functions
+from prunax import patterns, schedules, trees
 from prunax import scores as score_functions
 from prunax.transforms.masked import Ranking, any_nan, plan_at, train_masked
 
@@ -99,35 +99,19 @@ def prune(
         masks: list[jax.Array],
     ) -> Ranking:
         tree = score(chosen.params, grads) if averaged is None else averaged
-        scores = chosen.take("prune", "scores", tree)
-        # A scalar score under a leaf with axes means that the leaf is never pruned.
-        scored = [n for n, a in enumerate(chosen.leaves) if jnp.ndim(scores[n]) or not a.ndim]
-        for n in scored:
-            if jnp.shape(scores[n]) != chosen.leaves[n].shape:
-                path, shape = chosen.shapes[n]
-                raise ValueError(
-                    f"prune: the scores of {path!r} have shape {jnp.shape(scores[n])}, the leaf has {shape}. "
-                    f"Score every weight, or give the leaf a scalar score to leave it whole."
-                )
-        plan = plan_at(schedule, count, chosen.only(scored).shapes, allocation, pattern)
-        ranked = mask_functions.select_masks(
-            [
-                # Taken within each read of the selection, absolute values need no memory.
-                Partial(jnp.abs, chosen.leaves[n])
-                if score is score_functions.magnitude
-                else scores[n]
-                for n in scored
-            ],
-            plan.budgets,
-            pattern=pattern,
-            structure=plan.structure,
+        ranked, scores = mask_functions.scored("prune", "scores", tree, chosen)
+        plan = plan_at(schedule, count, ranked.shapes, allocation, pattern)
+        has_nan = any_nan(scores)
+        if score is score_functions.magnitude:
+            # Taken within each read of the selection, absolute values need no memory.
+            scores = [Partial(jnp.abs, leaf) for leaf in ranked.leaves]
+        kept = mask_functions.select_masks(
+            scores, plan.budgets, pattern=pattern, structure=plan.structure
         )
-        kept = list(masks)
-        for n, mask in zip(scored, ranked, strict=True):
-            kept[n] = mask
-        return Ranking(kept, any_nan(scores))
+        return Ranking(chosen.merge(ranked, kept, masks), has_nan)
 
     return train_masked(
+        "prune",
         inner,
         schedule.is_update_step,
         next_masks,
@@ -175,7 +159,8 @@ def fixed_masks(
     def next_masks(*args: Any) -> Ranking:
         return Ranking(args[-1], jnp.zeros((), jnp.bool_))
 
-    tx = train_masked(
+    return train_masked(
+        "fixed_masks",
         inner,
         lambda count: jnp.zeros((), jnp.bool_),
         next_masks,
@@ -183,16 +168,5 @@ def fixed_masks(
         where=lambda path, leaf: path in chosen.paths,
         mask_gradients=mask_gradients,
         packed=packed,
+        given=masks,
     )
-
-    def init(params: Any) -> Any:
-        state: Any = tx.init(params)
-        if not jax.tree.leaves(
-            params
-        ):  # a placeholder, by which optax asks what the state looks like
-            return state
-        mask_functions.check_masks("fixed_masks", params, masks)
-        stored = [_packing.pack(m) if packed else jnp.array(m) for m in chosen.leaves]
-        return state._replace(masks=chosen.put(stored, state.masks))
-
-    return optax.GradientTransformationExtraArgs(init, tx.update)
