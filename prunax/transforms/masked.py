@@ -147,7 +147,7 @@ def train_masked(
 
         due = is_update_step(state.count)
         weights = _inner.weights_of(state.inner_state, _inner.model_of(params))
-        copied = _inner.copies(inner.init, params)
+        copied = _inner.copies(inner.init, params) if mask_gradients else set()
         places = trees.places(model)
 
         def at(arrays: Arrays) -> dict[Place, jax.Array]:

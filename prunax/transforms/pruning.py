@@ -33,7 +33,13 @@ def prune(
 
     Nothing else in the training loop changes. After ``optax.apply_updates(params, updates)`` the pruned weights are
     exactly 0.0, whatever momentum, weight decay or adaptive step the inner optimizer has: its updates are replaced by
-    ``-param`` where the mask is False. Use it as the outermost transformation of a chain.
+    ``-param`` where the mask is False. Use it as the outermost transformation: what follows it in a chain (a learning
+    rate, weight decay) changes its updates, and pruned weights are no longer zero. `prunax.get_masks` and
+    ``prunax.summarize(params, masks)`` say so where it has happened.
+
+    Leaves that the inner optimizer never moves (`optax.set_to_zero` for a label of `optax.partition`), and leaves
+    without gradients (None), are left whole. An infinite or NaN weight cannot be brought to zero by an update; `init`
+    warns of it, and `prunax.apply_masks` mends it.
 
     Args:
         inner: Any optax transformation. Extra arguments of `update` are forwarded to it.
@@ -48,19 +54,23 @@ def prune(
         where: ``where(path, leaf) -> bool`` chooses the prunable leaves.
         key: A JAX random key for scores that need one (`scores.random`).
         mask_gradients: Hide pruned weights from the inner optimizer: it sees zero gradients and zero params there, so
-            that global-norm clipping, moments and weight decay are those of the sparse model. False lets moments go on
-            accumulating at pruned weights.
+            that global-norm clipping, moments and weight decay are those of the sparse model; copies of the params in
+            its state (schedule-free's) are pruned too; and a weight that comes back begins as the optimizer's `init`
+            begins. False lets moments go on accumulating at pruned weights.
         packed: Keep masks in one bit a weight in place of one byte.
 
     Returns:
-        A `optax.GradientTransformationExtraArgs` whose state is a `PruneState`. ``init`` makes masks of True; it takes
-        any tree, a tree with nothing to prune included.
+        A `optax.GradientTransformationExtraArgs` whose state is a `PruneState`. ``init`` makes masks of True.
 
     Raises:
         ValueError: If the sparsity is outside [0, 1]; from `update`, if params is missing, or the pattern does not
             fit a leaf, naming it. A NaN score is no error in the compiled step: the masks stay as they are and
             `skipped_updates` grows by one.
         TypeError: If the sparsity is neither a number nor a schedule.
+
+    Warns:
+        UserWarning: From ``init``, if there is nothing to prune in the params, saying of each leaf why, or if weights
+            are not finite.
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax, prunax
@@ -145,6 +155,10 @@ def fixed_masks(
     Raises:
         ValueError: From `init`, if the masks do not fit the params, naming the leaf.
         TypeError: From `init`, if a mask is not boolean, naming the leaf.
+
+    Warns:
+        UserWarning: From ``init``, if a pruned weight is infinite or NaN: no update brings it to zero, and
+            `prunax.apply_masks` does.
 
     Examples:
         >>> import jax.numpy as jnp, optax, prunax
