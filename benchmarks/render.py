@@ -27,6 +27,7 @@ from benchmarks import (
     sharded,
     structured,
 )
+from benchmarks.zoo import __main__ as zoo
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -41,6 +42,7 @@ SOURCES = {
     "structured": structured.tables,
     "packed": packed.tables,
     "llm": llm.tables,
+    "zoo": zoo.tables,
 }
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end table -->)", re.DOTALL)
 

@@ -17,7 +17,7 @@ from prunax import trees
 
 PyTree = Any
 SOURCES = """
-    keras transformers haiku equimo eqxvision flowjax jraph flaxmodels equinox
+    keras transformers haiku equimo eqxvision flowjax jraph flaxmodels equinox linen nnx plain
 """.split()
 
 
@@ -36,8 +36,8 @@ class Network(NamedTuple):
 
 
 def networks(source: str) -> Mapping[str, Callable[[], Network]]:
-    """The table of a source."""
-    return importlib.import_module(f"benchmarks.zoo.{source}").NETWORKS
+    """The table of a source: a module here, or any other by its full name (with a dot)."""
+    return importlib.import_module(source if "." in source else f"benchmarks.zoo.{source}").NETWORKS
 
 
 def build(name: str) -> Network:

@@ -35,6 +35,7 @@ ENVIRONMENT = {
     # Only correctness counts, and compilation is most of the time.
     "XLA_FLAGS": "--xla_backend_optimization_level=0",
 }
+ROOT = Path(__file__).parents[2]
 PATIENCE = 20  # so many seconds on the clock for each of CPU, where the machine has other work
 
 
@@ -49,6 +50,7 @@ def run(name: str, limit: int) -> Record:
             text=True,
             timeout=PATIENCE * limit,
             env=os.environ | ENVIRONMENT,
+            cwd=ROOT,
         )
     except subprocess.TimeoutExpired:
         return record | {"failed": f"took more than {PATIENCE * limit} s"}
@@ -214,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line. Exits with code 2 and one line on a bad argument."""
     parser = _parser()
     args = parser.parse_args(sys.argv[1:] if arguments is None else list(arguments))
-    order = [f"{source}/{name}" for source in zoo.SOURCES for name in zoo.networks(source)]
+    order = [f"{source}/{name}" for source in args.sources for name in zoo.networks(source)]
     chosen = [n for n in order if any(fnmatch.fnmatchcase(n, glob) for glob in args.only)]
     if not chosen:
         parser.error(f"no network is named like {' or '.join(args.only)}.")
@@ -257,6 +259,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--only", nargs="+", default=["*"], metavar="GLOB", help='of names: "keras/*" (all)')
+    add("--sources", nargs="+", default=zoo.SOURCES, help="also my.module with NETWORKS (all here)")
     add("--limit-seconds", type=int, default=60, help="of CPU for each network, once built (60)")
     add("--again", action="store_true", help="repeat those that failed")
     add("--all", action="store_true", help="repeat all")
