@@ -15,7 +15,7 @@ from prunax import _counts, _selection, masks, patterns, trees
 from prunax import allocation as allocations
 from prunax.search.costs import Cost
 from prunax.structured import AxisGroup, Member, prunable_groups
-from prunax.structured.gates import along_axis
+from prunax.structured.gating import along_axis
 from prunax.structured.ranking import numbers_left, scores_of_units
 
 __all__ = ["Structures", "channels", "leaves"]

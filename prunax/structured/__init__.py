@@ -1,10 +1,9 @@
 """Structural pruning of any JAX function: coupled axes found from its jaxpr, and the network really smaller."""
 
 from prunax.structured.axes import Frozen, Position
-from prunax.structured.branches import Branch, branches
 from prunax.structured.cost import count_flops, count_parameters, latency
 from prunax.structured.depth import prune_depth
-from prunax.structured.gates import apply_gates, gate_importance, gates
+from prunax.structured.gating import apply_gates, gate_importance, gates
 from prunax.structured.groups import AxisGroup, Explanation, Member, axis_groups, explain
 from prunax.structured.prune import Shrunk, prunable_groups, prune_channels
 from prunax.structured.ranking import group_scores
@@ -17,6 +16,7 @@ from prunax.structured.regularization import (
     soft_threshold,
     weighted_l2,
 )
+from prunax.structured.residuals import Branch, branches
 from prunax.structured.shrink import shrink, shrink_function
 
 __all__ = [

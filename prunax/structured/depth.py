@@ -9,7 +9,6 @@ import numpy as np
 
 from prunax import schedules, trees
 from prunax._jaxprs import programs
-from prunax.structured.branches import Branch, Residuals, covers, matches, residuals
 from prunax.structured.omission import (
     Need,
     Omission,
@@ -22,6 +21,7 @@ from prunax.structured.omission import (
     run,
 )
 from prunax.structured.prune import Shrunk
+from prunax.structured.residuals import Branch, Residuals, covers, matches, residuals
 from prunax.structured.rules import inner_jaxpr
 
 __all__ = ["prune_depth"]
