@@ -40,13 +40,15 @@ Sparsity = float | Schedule | None
 """What `prunax.prune` takes: a number in [0, 1], a schedule, or None for what the pattern fixes."""
 
 
-@dataclass(frozen=True)
-class constant:
+def constant(target: float, every: int | None = None) -> Schedule:
     """The same sparsity throughout, with masks computed at step 0.
 
-    Attributes:
+    Args:
         target: The sparsity, in [0, 1].
         every: Recompute the masks every so many steps; None for never again.
+
+    Returns:
+        The schedule, a frozen value.
 
     Raises:
         ValueError: If the sparsity is not in [0, 1] or `every` is not positive.
@@ -57,14 +59,16 @@ class constant:
         >>> schedule(7), schedule.is_update_step(7), schedule.is_update_step(200)
         (0.9, False, True)
     """
+    check_sparsity("constant", target)
+    if every is not None:
+        check_steps("constant", every=every)
+    return _Constant(target, every)
 
+
+@dataclass(frozen=True)
+class _Constant:
     target: float
     every: int | None = None
-
-    def __post_init__(self) -> None:
-        check_sparsity("constant", self.target)
-        if self.every is not None:
-            check_steps("constant", every=self.every)
 
     def __call__(self, step: Step) -> Any:
         return _where(step == step, self.target, 0.0)
@@ -73,13 +77,15 @@ class constant:
         return step == 0 if self.every is None else step % self.every == 0
 
 
-@dataclass(frozen=True)
-class one_shot:
+def one_shot(target: float, step: int) -> Schedule:
     """Dense until a step, then pruned at once and fixed.
 
-    Attributes:
+    Args:
         target: The sparsity from `step` on, in [0, 1].
         step: The step at which masks are computed.
+
+    Returns:
+        The schedule, a frozen value.
 
     Raises:
         ValueError: If the sparsity is not in [0, 1] or the step is negative.
@@ -90,13 +96,15 @@ class one_shot:
         >>> schedule(999), schedule(1000), schedule.is_update_step(1001)
         (0.0, 0.9, False)
     """
+    check_sparsity("one_shot", target)
+    check_steps("one_shot", step=step)
+    return _OneShot(target, step)
 
+
+@dataclass(frozen=True)
+class _OneShot:
     target: float
     step: int
-
-    def __post_init__(self) -> None:
-        check_sparsity("one_shot", self.target)
-        check_steps("one_shot", step=self.step)
 
     def __call__(self, step: Step) -> Any:
         return _where(step >= self.step, self.target, 0.0)
@@ -105,19 +113,28 @@ class one_shot:
         return step == self.step
 
 
-@dataclass(frozen=True)
-class polynomial:
+def polynomial(
+    target: float,
+    begin_step: int,
+    end_step: int,
+    every: int,
+    power: float = 3,
+    initial: float = 0.0,
+) -> Schedule:
     r"""Gradual pruning along a polynomial: fast at first, slow towards the target.
 
     .. math:: s_t = s_f + (s_i - s_f) \left(1 - \frac{t - t_0}{t_1 - t_0}\right)^p
 
-    Attributes:
+    Args:
         target: The final sparsity s_f, in [0, 1], reached exactly at `end_step`.
         begin_step: The first update, t_0. Nothing is pruned before it.
         end_step: The last update, t_1, whether or not `every` divides the span.
         every: Steps from one update to the next.
         power: The exponent p > 0; 3 is usual, 1 is linear.
         initial: The sparsity s_i at `begin_step`, in [0, 1].
+
+    Returns:
+        The schedule, a frozen value.
 
     Raises:
         ValueError: If a sparsity is not in [0, 1], the steps are negative or out of order, or power is not positive.
@@ -133,27 +150,27 @@ class polynomial:
     References:
         Zhu and Gupta, To prune, or not to prune, 2017, arXiv:1710.01878, equation 1.
     """
+    check_sparsity("polynomial", target)
+    check_sparsity("polynomial", initial, "initial")
+    check_steps("polynomial", begin_step=begin_step, end_step=end_step, every=every)
+    if end_step <= begin_step:
+        raise ValueError(
+            f"polynomial: end_step must come after begin_step, got {begin_step} and {end_step}. "
+            f"To prune at a single step use schedules.one_shot."
+        )
+    if not power > 0:
+        raise ValueError(f"polynomial: power must be positive, got {power}.")
+    return _Polynomial(target, begin_step, end_step, every, power, initial)
 
+
+@dataclass(frozen=True)
+class _Polynomial:
     target: float
     begin_step: int
     end_step: int
     every: int
     power: float = 3
     initial: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_sparsity("polynomial", self.target)
-        check_sparsity("polynomial", self.initial, "initial")
-        check_steps(
-            "polynomial", begin_step=self.begin_step, end_step=self.end_step, every=self.every
-        )
-        if self.end_step <= self.begin_step:
-            raise ValueError(
-                f"polynomial: end_step must come after begin_step, got {self.begin_step} and {self.end_step}. "
-                f"To prune at a single step use schedules.one_shot."
-            )
-        if not self.power > 0:
-            raise ValueError(f"polynomial: power must be positive, got {self.power}.")
 
     def __call__(self, step: Step) -> Any:
         remaining = 1 - (step - self.begin_step) / (self.end_step - self.begin_step)
@@ -169,16 +186,20 @@ class polynomial:
         return due & (step >= self.begin_step) & (step <= self.end_step)
 
 
-@dataclass(frozen=True)
-class alternating:
+def alternating(
+    target: float, begin_step: int, end_step: int, compressed_steps: int, dense_steps: int
+) -> Schedule:
     """AC/DC: compressed phases alternate with dense ones, and the end is compressed.
 
-    Attributes:
+    Args:
         target: Sparsity of the compressed phases, in [0, 1].
         begin_step: The first compressed phase begins here; training is dense before it.
         end_step: The last compressed phase begins here and lasts.
         compressed_steps: Length of a compressed phase; masks are computed at its first step and then fixed.
         dense_steps: Length of a dense phase, in which every weight is free.
+
+    Returns:
+        The schedule, a frozen value.
 
     Raises:
         ValueError: If the sparsity is not in [0, 1], or steps are negative, empty or out of order.
@@ -195,25 +216,27 @@ class alternating:
         Peste et al., AC/DC: Alternating Compressed/DeCompressed Training of Deep Neural Networks, 2021,
         arXiv:2106.12379, algorithm 1.
     """
+    check_sparsity("alternating", target)
+    check_steps("alternating", begin_step=begin_step, end_step=end_step)
+    if end_step < begin_step:
+        raise ValueError(
+            f"alternating: end_step must not come before begin_step, got {end_step} and {begin_step}."
+        )
+    if min(compressed_steps, dense_steps) < 1:
+        raise ValueError(
+            f"alternating: phases must last at least one step, got compressed_steps={compressed_steps}, "
+            f"dense_steps={dense_steps}."
+        )
+    return _Alternating(target, begin_step, end_step, compressed_steps, dense_steps)
 
+
+@dataclass(frozen=True)
+class _Alternating:
     target: float
     begin_step: int
     end_step: int
     compressed_steps: int
     dense_steps: int
-
-    def __post_init__(self) -> None:
-        check_sparsity("alternating", self.target)
-        check_steps("alternating", begin_step=self.begin_step, end_step=self.end_step)
-        if self.end_step < self.begin_step:
-            raise ValueError(
-                f"alternating: end_step must not come before begin_step, got {self.end_step} and {self.begin_step}."
-            )
-        if min(self.compressed_steps, self.dense_steps) < 1:
-            raise ValueError(
-                f"alternating: phases must last at least one step, got compressed_steps={self.compressed_steps}, "
-                f"dense_steps={self.dense_steps}."
-            )
 
     def __call__(self, step: Step) -> Any:
         phase = (step - self.begin_step) % (self.compressed_steps + self.dense_steps)

@@ -283,10 +283,14 @@ class ema:
         return self.score(params, grads)
 
     def init(self, params: PyTree) -> PyTree:
-        """An average of nothing: zeros, float32."""
-        return jax.tree.map(
-            lambda leaf: jnp.zeros_like(leaf, jnp.float32) if _is_float(leaf) else _no_score(),
-            params,
+        """An average of nothing: float32 zeros, a scalar under a leaf whose score is one."""
+        shapes = jax.eval_shape(self.score, params, params)
+        leaves, treedef = jax.tree.flatten(params)
+        return treedef.unflatten(
+            jnp.zeros_like(leaf, jnp.float32) if score.shape == leaf.shape else _no_score()
+            for leaf, score in zip(
+                leaves, trees.leaves_like("scores.ema", "scores", shapes, params), strict=True
+            )
         )
 
     def update(self, average: PyTree, params: PyTree, grads: PyTree) -> PyTree:
@@ -298,7 +302,9 @@ class ema:
             kept = jnp.where(jnp.isneginf(new), jnp.float32(-jnp.inf), old)
             return jnp.where(jnp.isfinite(new), mixed, kept)
 
-        return jax.tree.map(mix, average, self.score(params, grads))
+        leaves, treedef = jax.tree.flatten(average)
+        scores = trees.leaves_like("scores.ema", "scores", self.score(params, grads), average)
+        return treedef.unflatten(map(mix, leaves, scores))
 
 
 def check_score(function: str, score: object) -> None:

@@ -356,6 +356,14 @@ def test_an_average_forgets_what_ranked_last():
     assert state["kernel"].tolist() == [1.0, 2.0, 2.0]
 
 
+def test_a_scalar_under_an_average_is_no_score_either():
+    params = {"a": jnp.ones((2, 2)), "b": jnp.ones((2, 2))}
+    average = scores.ema(lambda params, grads: {"a": grads["a"], "b": jnp.zeros(())}, 0.5)
+    tx = prunax.prune(optax.sgd(0.0), 0.5, score=average)
+    _, state = tx.update(params, tx.init(params), params)
+    assert state.masks["a"].sum() == 2 and state.masks["b"].all()
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_fixed_masks(packed):
     params = make_params()
