@@ -98,8 +98,8 @@ def sparsegpt(
 
 def wanda_refitted(params: Any, batches: Any, target: Target, **options: Any) -> calibration.Pruned:
     _, masks = wanda(params, batches, target, donate=False, **options)
-    refitted = calibration.reconstruct(smollm.apply, params, masks, batches, donate=True, **options)
-    return calibration.Pruned(refitted, masks)
+    method = calibration.Refit(masks)
+    return calibration.prune_layers(smollm.apply, params, batches, method, donate=True, **options)
 
 
 def sparsegpt_corrected(
@@ -109,9 +109,12 @@ def sparsegpt_corrected(
     return sparsegpt(params, batches, target, correction=0.5, donate=False, **options)
 
 
-def admm(params: Any, batches: Any, target: Target, **options: Any) -> calibration.Pruned:
+def alps(params: Any, batches: Any, target: Target, **options: Any) -> calibration.Pruned:
     pattern = target.options(patterns.Unstructured())
-    return calibration.admm(smollm.apply, params, batches, **pattern, donate=True, **options)
+    method = calibration.Alps()
+    return calibration.prune_layers(
+        smollm.apply, params, batches, method, **pattern, donate=True, **options
+    )
 
 
 METHODS = {
@@ -120,7 +123,7 @@ METHODS = {
     "Wanda + reconstruct": wanda_refitted,
     "SparseGPT": sparsegpt,
     "SparseGPT + correction": sparsegpt_corrected,
-    "ADMM": admm,
+    "ADMM": alps,
 }
 # ADMM takes several times as long as all others together.
 DEFAULT = [name for name in METHODS if name != "ADMM"]

@@ -274,7 +274,7 @@ for name, own in (
 #
 # - `pattern=patterns.NM(2, 4)` in either method gives what sparse tensor cores run; at a higher perplexity than 50% of
 #   free choice.
-# - `calibration.reconstruct` refits the kept weights for masks of any origin; `calibration.admm` chooses masks and
-#   weights together, slower and better.
+# - `calibration.prune_layers` takes any method: `calibration.Refit(masks)` refits the kept weights for masks of any
+#   origin, `calibration.Alps()` chooses masks and weights together, slower and better.
 # - `export.save_params` stores the result at half the size (notebook 3).
 # - `python -m benchmarks.llm` compares them all, on more text.

@@ -22,6 +22,7 @@ from prunax import (
     transforms,
     trees,
 )
+from prunax._jaxprs import kernels
 from prunax._states import get_masks
 from prunax.masks import apply_masks, compute_masks, straight_through
 from prunax.reports._summary import compare_masks, summarize
@@ -38,6 +39,7 @@ __all__ = [
     "export",
     "get_masks",
     "initialization",
+    "kernels",
     "lottery",
     "patterns",
     "penalties",

@@ -24,7 +24,6 @@ __all__ = [
     "movement",
     "random",
     "saliency",
-    "wanda",
 ]
 
 PyTree = Any
@@ -201,53 +200,6 @@ def random(params: PyTree, grads: PyTree | None = None, *, key: jax.Array) -> Py
         jax.random.uniform(k, leaf.shape) if _is_float(leaf) else _no_score()
         for k, leaf in zip(keys, leaves, strict=False)
     )
-
-
-def wanda(params: PyTree, statistics: PyTree) -> PyTree:
-    r"""Score each weight by its magnitude times the norm of the input that it meets, :math:`|w_{ij}| \|x_i\|_2`.
-
-    Args:
-        params: Pytree of arrays, any shapes.
-        statistics: ``calibration.input_statistics(fn, params, batches, kind="norm")``: the params' structure, each norm
-            broadcasting against its leaf, and the scalar 0 where nothing is known.
-
-    Returns:
-        Scores of the params' structure and shapes, at least float32. Leaves without statistics get the scalar 0: no
-        score, never pruned.
-
-    Raises:
-        ValueError: Naming the leaf, if the statistics are not like the params.
-
-    Examples:
-        >>> import jax.numpy as jnp, prunax
-        >>> params = {"kernel": jnp.array([[-1.0, 4.0], [3.0, 2.0]]), "bias": jnp.ones(2)}
-        >>> fn = lambda p, x: x @ p["kernel"] + p["bias"]
-        >>> norms = prunax.calibration.input_statistics(fn, params, [jnp.array([[5.0, 1.0]])])
-        >>> prunax.scores.wanda(params, norms)["kernel"].tolist()
-        [[5.0, 20.0], [3.0, 2.0]]
-
-    References:
-        Sun et al., A Simple and Effective Pruning Approach for Large Language Models, 2024, arXiv:2306.11695,
-        equation 1.
-    """
-    leaves, treedef = jax.tree.flatten(params)
-    norms = trees.leaves_like("scores.wanda", "statistics", statistics, params)
-    scores = []
-    for path, leaf, norm in zip(trees.paths(params), leaves, norms, strict=True):
-        if not _is_float(leaf) or (jnp.ndim(norm) == 0 and leaf.ndim > 0):
-            scores.append(_no_score())
-            continue
-        fits = jnp.ndim(norm) == leaf.ndim and all(
-            n in (1, size) for n, size in zip(jnp.shape(norm), leaf.shape, strict=True)
-        )
-        if not fits:
-            raise ValueError(
-                f"scores.wanda: the statistics of {path!r} have shape {jnp.shape(norm)}, which does not broadcast "
-                f'against {leaf.shape}. Pass calibration.input_statistics(..., kind="norm") of these params.'
-            )
-        dtype = trees.wide_dtype(leaf.dtype, norm.dtype)
-        scores.append(jnp.abs(leaf.astype(dtype)) * norm.astype(dtype))
-    return treedef.unflatten(scores)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from prunax import patterns
+from prunax import calibration, patterns
 from prunax.calibration import solver
 
 
@@ -74,6 +74,24 @@ def close(sparse, expected, mask):
     assert np.all(np.asarray(sparse.weights)[~mask] == 0.0)
 
 
+def blocks(*args):
+    """What each block loses, checked against what the whole does."""
+    budget, pattern, length, size = args
+    counts = np.asarray(solver.block_budgets(*args))
+    assert isinstance(pattern, patterns.NM) or counts.sum() == budget
+    ends = np.minimum(np.arange(1, len(counts) + 1) * size, length)
+    if not isinstance(pattern, patterns.NM):
+        rounded = [(2 * budget * int(end) + length) // (2 * length) for end in ends]
+        np.testing.assert_array_equal(np.cumsum(counts), rounded)
+    return counts
+
+
+@pytest.mark.parametrize("budget", [0, 1, 2**31 - 1, 123_456_789])
+def test_budgets_of_blocks_are_exact_however_large(budget):
+    blocks(budget, patterns.Unstructured(), 45_000, 128)
+    blocks(budget, patterns.Unstructured(), 1_000_003, 1_000)
+
+
 def f32(x):
     return jnp.asarray(x, jnp.float32)
 
@@ -83,11 +101,11 @@ def f32(x):
 def test_obs_unstructured_is_the_published_algorithm(length, block):
     weights, gram = layer(0, length=length)
     total = round(0.6 * weights.size)
-    counts = solver.budgets(patterns.Unstructured(), total, (1, *weights.shape), block)[0]
+    counts = blocks(total, patterns.Unstructured(), length, block)
     assert counts.sum() == total
     expected, mask = sparsegpt_by_column(weights, gram, unstructured(block, counts))
     factor = solver.factorize(f32(gram))
-    sparse = solver.obs(f32(weights), factor, jnp.asarray(counts), block_size=block)
+    sparse = solver.obs(f32(weights), factor, total, block_size=block)
     close(sparse, expected, mask)
 
 
@@ -95,10 +113,9 @@ def test_obs_unstructured_is_the_published_algorithm(length, block):
 def test_obs_with_groups_is_the_published_algorithm(n, m, block):
     weights, gram = layer(1)
     pattern = patterns.NM(n, m)
-    counts = solver.budgets(pattern, m - n, (1, *weights.shape), block)[0]
     expected, mask = sparsegpt_by_column(weights, gram, by_output(m, [m - n] * (48 // m)))
     factor = solver.factorize(f32(gram))
-    args = (f32(weights), factor, jnp.asarray(counts))
+    args = (f32(weights), factor, m - n)
     close(solver.obs(*args, pattern=pattern, block_size=block), expected, mask)
     assert np.all(mask.reshape(-1, m, 20).sum(1) == n)
 
@@ -106,10 +123,10 @@ def test_obs_with_groups_is_the_published_algorithm(n, m, block):
 def test_obs_with_constant_fan_in():
     weights, gram = layer(2, length=50)
     pattern = patterns.ConstantFanIn()
-    counts = solver.budgets(pattern, 27, (1, *weights.shape), 16)[0]
+    counts = blocks(27, pattern, 50, 16)
     expected, mask = sparsegpt_by_column(weights, gram, by_output(16, counts))
     factor = solver.factorize(f32(gram))
-    args = (f32(weights), factor, jnp.asarray(counts))
+    args = (f32(weights), factor, 27)
     close(solver.obs(*args, pattern=pattern, block_size=16), expected, mask)
     assert np.all((~mask).sum(0) == 27)
 
@@ -121,13 +138,14 @@ def test_obs_with_dead_inputs(dead, pattern):
     gram[dead] = 0
     gram[:, dead] = 0
     structured = isinstance(pattern, patterns.NM)
-    counts = solver.budgets(pattern, 2 if structured else 480, (1, 48, 20), 16)[0]
+    budget = 2 if structured else 480
+    counts = blocks(budget, pattern, 48, 16)
     choose = by_output(4, [2] * 12) if structured else unstructured(16, counts)
     expected, mask = sparsegpt_by_column(weights, gram, choose)
     sparse = solver.obs(
         f32(weights),
         solver.factorize(f32(gram)),
-        jnp.asarray(counts),
+        budget,
         pattern=pattern,
         block_size=16,
     )
@@ -146,15 +164,14 @@ def test_obs_of_a_stack_is_obs_of_each(pattern):
     layers = [layer(seed) for seed in range(3)]
     weights, grams = (f32(np.stack(x)) for x in zip(*layers, strict=True))
     structured = isinstance(pattern, patterns.NM)
-    counts = solver.budgets(pattern, 2 if structured else 1441, weights.shape, 16)
-    assert structured or counts.sum() == 1441
+    counts = [2, 2, 2] if structured else [480, 480, 481]
 
     def one(w, g, c):
         return solver.obs(w, solver.factorize(g), c, pattern=pattern, block_size=16)
 
     together = jax.vmap(one)(weights, grams, jnp.asarray(counts))
     for i in range(3):
-        alone = one(weights[i], grams[i], jnp.asarray(counts[i]))
+        alone = one(weights[i], grams[i], counts[i])
         np.testing.assert_array_equal(together.mask[i], alone.mask)
         np.testing.assert_allclose(together.weights[i], alone.weights, rtol=1e-4, atol=1e-4)
 
@@ -223,14 +240,11 @@ def test_each_method_changes_the_outputs_less_than_the_one_before(pattern):
     weights, gram = layer(7, length=96, width=64)
     k = {patterns.NM: 2, patterns.ConstantFanIn: 48}.get(type(pattern), weights.size // 2)
     norms = np.sqrt(np.diag(gram))
-    magnitude = solver._largest(pattern, f32(np.abs(weights)), jnp.int32(k))
-    scores = solver.wanda_scores(f32(weights), f32(norms))
-    wanda = solver._largest(pattern, scores, jnp.int32(k))
-    counts = solver.budgets(pattern, k, (1, *weights.shape))[0]
-    obs = solver.obs(
-        f32(weights), solver.factorize(f32(gram)), jnp.asarray(counts), pattern=pattern
-    )
-    best = solver.admm(f32(weights), f32(gram), jnp.int32(k), pattern=pattern)
+    magnitude = solver.keep_largest(f32(np.abs(weights)), jnp.int32(k), pattern)
+    scores = calibration.wanda_scores(f32(weights), f32(norms)[:, None])
+    wanda = solver.keep_largest(scores, jnp.int32(k), pattern)
+    obs = solver.obs(f32(weights), solver.factorize(f32(gram)), k, pattern=pattern)
+    best = solver.alps(f32(weights), f32(gram), jnp.int32(k), pattern=pattern)
     refitted = solver.refit(f32(weights), wanda, f32(gram))
     assert best.mask.sum() == wanda.sum() == obs.mask.sum() == weights.size // 2
     assert np.all(np.asarray(best.weights)[~np.asarray(best.mask)] == 0.0)
@@ -248,22 +262,23 @@ def test_each_method_changes_the_outputs_less_than_the_one_before(pattern):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_dtypes_are_kept(dtype):
     weights, gram = layer(8)
-    counts = jnp.asarray(solver.budgets(patterns.Unstructured(), 480, (1, 48, 20))[0])
     factor = solver.factorize(f32(gram))
     w = jnp.asarray(weights, dtype)
-    assert solver.obs(w, factor, counts).weights.dtype == dtype
+    assert solver.obs(w, factor, 480).weights.dtype == dtype
     assert solver.refit(w, jnp.ones(w.shape, bool), f32(gram)).dtype == dtype
-    assert solver.admm(w, f32(gram), jnp.int32(480)).weights.dtype == dtype
+    assert solver.alps(w, f32(gram), jnp.int32(480)).weights.dtype == dtype
 
 
 def test_scores_are_magnitude_times_norm():
     weights, gram = layer(9)
     norms = np.sqrt(np.diag(gram))
     np.testing.assert_allclose(
-        solver.wanda_scores(f32(weights), f32(norms)), np.abs(weights) * norms[:, None], rtol=1e-5
+        calibration.wanda_scores(f32(weights), f32(norms)[:, None]),
+        np.abs(weights) * norms[:, None],
+        rtol=1e-5,
     )
     np.testing.assert_array_equal(
-        solver.wanda_scores(f32(weights), jnp.zeros(48)), np.abs(f32(weights))
+        calibration.wanda_scores(f32(weights), jnp.zeros((48, 1))), np.abs(f32(weights))
     )
 
 

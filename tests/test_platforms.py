@@ -114,13 +114,13 @@ FUNCTIONS = {
     "group_lasso": (penalties.group_lasso, PARAMS),
     "masked_l2": (penalties.masked_l2, PARAMS, MASKS),
     "sparsegpt": (
-        lambda w, gram: solver.obs(w, solver.factorize(gram), jnp.full(1, 64, jnp.int32)),
+        lambda w, gram: solver.obs(w, solver.factorize(gram), 64),
         MATRIX,
         GRAM,
     ),
-    "wanda": (solver.wanda_scores, MATRIX, jnp.ones((16, 1))),
+    "wanda": (calibration.wanda_scores, MATRIX, jnp.ones((16, 1))),
     "refit": (solver.refit, MATRIX, MATRIX > 0, GRAM),
-    "calibration.admm": (functools.partial(solver.admm, num_pruned=jnp.int32(64)), MATRIX, GRAM),
+    "alps": (functools.partial(solver.alps, budget=64), MATRIX, GRAM),
 }
 
 

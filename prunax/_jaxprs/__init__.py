@@ -1,5 +1,24 @@
 """JAX's programs, as the rest of prunax reads them: the one place that knows jaxprs."""
 
-from prunax._jaxprs.flattening import Equation, Pick, Product, Program, View, scan_arity, trace
+from prunax._jaxprs.equations import Equation, Loop, Pick, Segment
+from prunax._jaxprs.flattening import LinearMap, Operand, Product, Program, Reason, places, trace
+from prunax._jaxprs.kernels import Kernels, kernels
+from prunax._jaxprs.programs import aval, bind
 
-__all__ = ["Equation", "Pick", "Product", "Program", "View", "scan_arity", "trace"]
+__all__ = [
+    "Equation",
+    "Kernels",
+    "LinearMap",
+    "Loop",
+    "Operand",
+    "Pick",
+    "Product",
+    "Program",
+    "Reason",
+    "Segment",
+    "aval",
+    "bind",
+    "kernels",
+    "places",
+    "trace",
+]

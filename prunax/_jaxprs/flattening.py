@@ -1,162 +1,139 @@
-"""Functions as flat lists of equations that know which values are views of which parameter.
+"""Functions as flat lists of equations that know which values are made of which parameter.
 
 `trace` turns ``fn(params, *args)`` into a `Program`: calls are inlined, a `scan` over a stack of weights is unrolled,
 what no output needs is dropped, and every product of a weight with an activation is listed with the way from the
 parameter leaf to the operand. Only JAX's public API is used.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 from prunax import trees
-from prunax._jaxprs import programs
+from prunax._jaxprs import hashing, programs
+from prunax._jaxprs.equations import Bound, Equation, Loop, Pick, Segment, Stack
 
-__all__ = ["Equation", "Product", "Program", "View", "trace"]
+__all__ = ["LinearMap", "Operand", "Product", "Program", "Reason", "trace"]
 
 PyTree = Any
 
-# Calls that mean what their body means, as long as nobody differentiates. The parameter that holds the body.
-_CALLS = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "checkpoint": "jaxpr",
-    "remat2": "jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-    "custom_vjp_call_jaxpr": "fun_jaxpr",
-}
-# Rearrange the elements of their one operand, or choose among them.
-_REARRANGING = frozenset("transpose reshape squeeze expand_dims slice rev split".split())
+# Rearrange the elements of their first operand, or choose among them; what else they take says how.
+_REARRANGING = frozenset("transpose reshape squeeze expand_dims slice rev split unstack".split())
+_CHOOSING = frozenset("slice split unstack dynamic_slice gather".split())
 # Change no element's place.
 _NEUTRAL = frozenset(
-    "convert_element_type copy copy_p reduce_precision sharding_constraint".split()
+    """
+    convert_element_type copy copy_p reduce_precision sharding_constraint reshard mesh_cast layout_constraint
+    device_put optimization_barrier pvary pcast neg
+    """.split()
 )
 _PRODUCTS = frozenset(("dot_general", "conv_general_dilated"))
+# A loop whose counter says which weights a turn uses is written out, up to so many turns.
+_MAX_TURNS = 256
 
 
-class Pick:
-    """The operation ``x[i]`` that unrolling a scan puts before each turn of its body."""
-
-    key = ("pick",)
-
-    def __call__(self, x: jax.Array, index: Any) -> list[jax.Array]:
-        return [jax.lax.dynamic_index_in_dim(x, index, keepdims=False)]
-
-
-class Stack:
-    """The operation that gathers what each turn of an unrolled scan gave."""
-
-    key = ("stack",)
-
-    def __call__(self, *turns: jax.Array) -> list[jax.Array]:
-        return [jnp.stack(turns)]
-
-
-class Bound:
-    """An equation of a jaxpr as a function of its operands.
+class LinearMap:
+    """One step on the way from a leaf to an operand. Hashable, so that equal ways are compiled once.
 
     Attributes:
-        eqn: The equation.
-        owner: The jaxpr that it stands in.
-        key: Hashable; equal for equations that compute the same from the same operands.
-        variables: Its operands, each once, without literals.
-        results: The variables it defines, without those that are dropped.
+        key: Hashable; equal for equal maps.
+        partial: Whether elements may be lost, repeated, or have zeros put among them.
+        scales: Whether it moves nothing, but multiplies elements by constants.
     """
 
-    def __init__(self, eqn: JaxprEqn, owner: Jaxpr) -> None:
-        self.eqn, self.owner = eqn, owner
-        self.variables = tuple(dict.fromkeys(v for v in eqn.invars if not isinstance(v, Literal)))
-        self.results = tuple(v for v in eqn.outvars if type(v) is Var)
-        numbers: dict[Any, int] = {}
-        self.key = _equation_key(eqn, numbers)
+    def __init__(
+        self,
+        key: Any,
+        function: Callable[[Any], Any],
+        *,
+        partial: bool = False,
+        scales: bool = False,
+    ) -> None:
+        self.key, self.function, self.partial, self.scales = key, function, partial, scales
+        self._hash = hash(key)
 
-    def __call__(self, *operands: jax.Array) -> list[jax.Array]:
-        # All but the source information of the owner is replaced. Evaluating a jaxpr of one equation, rather than
-        # binding its primitive, leaves it to JAX what kinds of parameters the primitive takes.
-        jaxpr = self.owner.replace(
-            constvars=[],
-            invars=list(self.variables),
-            outvars=list(self.results),
-            eqns=[self.eqn],
-            effects=self.eqn.effects,
-        )
-        return jaxpr_as_fun(programs.ClosedJaxpr(jaxpr, ()))(*operands)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.function(x)
 
+    def __hash__(self) -> int:
+        return self._hash
 
-class Equation(NamedTuple):
-    """One step of a program.
-
-    Attributes:
-        operation: `Bound`, `Pick` or `Stack`: a function of the operands with a `key`.
-        inputs: Ids of its operands.
-        outputs: Ids of its results.
-        pick: The index that a `Pick` takes, else 0.
-    """
-
-    operation: Any
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    pick: int = 0
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LinearMap) and self.key == other.key
 
 
-class View(NamedTuple):
-    """A value that is made of the elements of one parameter leaf, each at most once, and nothing else.
+class Operand(NamedTuple):
+    """What a value is in terms of one parameter leaf: a linear map of it that moves elements, and may scale them.
 
     Attributes:
         leaf: Which of the selected leaves, an index.
         picks: Indices taken along leading axes first: the layer of a stack.
-        steps: Rearrangements of what was picked, in order; conversions left out.
+        maps: What was done with what was picked, in order. Conversions and scalar factors are left out.
     """
 
     leaf: int
     picks: tuple[int, ...] = ()
-    steps: tuple["Step", ...] = ()
+    maps: tuple[LinearMap, ...] = ()
 
-    def rearrange(self, x: jax.Array) -> jax.Array:
-        """Go the way of the view with any array of the shape that was picked."""
-        for step in self.steps:
-            x = step(x)
+    def apply(self, x: jax.Array, *, scaled: bool = False) -> jax.Array:
+        """Go the way with any array of the shape that was picked; zeros stand where other values do."""
+        for step in self.maps:
+            x = step(x) if scaled or not step.scales else x
         return x
 
+    @property
+    def scales(self) -> bool:
+        """Whether elements are multiplied by constants that differ."""
+        return any(step.scales for step in self.maps)
 
-class Step:
-    """One rearrangement on the way from a leaf to a view of it. Hashable, so that equal ways are compiled once."""
+    @property
+    def partial(self) -> bool:
+        """Whether the value may hold other things than the leaf's elements, or not all that was picked."""
+        return any(step.partial for step in self.maps)
 
-    def __init__(self, operation: Any, *arguments: int, output: int = 0) -> None:
-        self.operation, self.arguments, self.output = operation, arguments, output
-        self.key = (operation.key, arguments, output)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.operation(x, *self.arguments)[self.output]
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Step) and self.key == other.key
+    def then(self, step: LinearMap) -> "Operand":
+        return self._replace(maps=(*self.maps, step))
 
 
 class Product(NamedTuple):
-    """A product of a view of a selected leaf with an activation.
+    """A product of a selected leaf, or of a part of it, with an activation.
 
     Attributes:
-        equation: Its place in the program.
-        operand: Which operand is the weight, 0 or 1.
-        view: What the weight is a view of.
+        equation: Its place in the program; the loop's, where it stands in one.
+        eqn: The `dot_general` or `conv_general_dilated`.
+        side: Which of its operands is the weight, 0 or 1.
+        weight: What the weight is in terms of the leaf.
+        activation: Id of the other operand.
+        loops: How many leading axes of the activation are turns of loops around the product.
         name: ``path`` of the leaf, with what was picked: ``layers/kernel[3]``.
+        is_lookup: Whether the activation is one-hot, so that the product looks rows up.
     """
 
     equation: int
-    operand: int
-    view: View
+    eqn: JaxprEqn
+    side: int
+    weight: Operand
+    activation: int
+    loops: int
     name: str
+    is_lookup: bool
+
+
+class Reason(NamedTuple):
+    """Why a leaf has no products that say all about it.
+
+    Attributes:
+        kind: "recomputed" before its product, "looked up", or "no product".
+        text: A sentence that names the leaf's path.
+    """
+
+    kind: str
+    text: str
 
 
 class Program(NamedTuple):
@@ -170,9 +147,11 @@ class Program(NamedTuple):
         known: Scalars written into the program, by id.
         shapes: Shape and dtype of every value, by id.
         outputs: Ids of the results.
-        views: Values that are views of selected leaves, by id.
         products: Products of selected leaves, in order.
         selection: The selected leaves.
+        reasons: For each selected leaf whose products do not tell all that it does, why.
+        looked_up: Selected leaves that are looked up in, whatever else they do: tables.
+        traced: The function's jaxpr.
     """
 
     equations: list[Equation]
@@ -182,13 +161,25 @@ class Program(NamedTuple):
     known: dict[int, Any]
     shapes: dict[int, jax.ShapeDtypeStruct]
     outputs: list[int]
-    views: dict[int, View]
     products: list[Product]
     selection: trees.Selection
+    reasons: dict[int, Reason]
+    looked_up: set[int]
+    traced: programs.Traced
+
+    def only(self, which: Iterable[int]) -> "Program":
+        """Read the function again with fewer leaves selected."""
+        return _flatten(self.traced, self.selection.only(list(which)))
+
+    @property
+    def kernels(self) -> list[int]:
+        """The selected leaves that multiply activations in a product or convolution, and do nothing else."""
+        every = range(len(self.selection.indices))
+        return [n for n in every if n not in self.reasons and n not in self.looked_up]
 
 
 def trace(
-    fn: Callable[..., Any], params: PyTree, *args: Any, where: trees.Where = trees.is_kernel
+    fn: Callable[..., Any], params: PyTree, *args: Any, where: trees.Where | None = None
 ) -> Program:
     """Trace a function and find the products of its weights.
 
@@ -196,16 +187,13 @@ def trace(
         fn: ``fn(params, *args)``, of any framework, with no side effects that matter.
         params: Pytree of arrays; other leaves are passed on as they are.
         args: Pytrees of arrays, or of anything with a shape and a dtype.
-        where: ``where(path, leaf) -> bool`` chooses the leaves whose products are wanted.
+        where: ``where(path, leaf) -> bool`` chooses the leaves whose products are wanted. Left out, all floating-point
+            leaves of two or more axes.
 
     Returns:
-        The `Program`. Views are followed through transpose, reshape, slices, conversions, `jit`, custom derivatives,
-        `jax.checkpoint`, the branch of a `cond` that is known, and `scan`. Lookups in a selected leaf (embeddings) are
-        ignored: a leaf that is only looked up in has no products.
-
-    Raises:
-        ValueError: If nothing is selected, or a selected leaf is used in no product, or in a way that cannot be read.
-            The message names the path.
+        The `Program`. Weights are followed through transpose, reshape, slices, conversions, constant factors,
+        concatenation, `jit`, custom derivatives, `jax.checkpoint`, the branch of a `cond` that is known, and `scan`.
+        Leaves that are used otherwise, too, have a `Reason`.
 
     Examples:
         >>> import jax.numpy as jnp, prunax
@@ -214,42 +202,38 @@ def trace(
         >>> [product.name for product in program.products]
         ['kernel']
     """
-    selection = trees.select(params, where)
-    if not selection.indices:
-        raise ValueError(
-            f"trace: `where` selects no leaf. The leaves are: {', '.join(trees.paths(params)) or 'none'}. "
-            f"Pass where=lambda path, leaf: ... that is true for the ones to prune."
-        )
 
     def on_arrays(params: PyTree, *args: Any) -> list[Any]:
         return [x for x in jax.tree.leaves(fn(params, *args)) if trees.is_array(x)]
 
-    closed, _, arrays, _ = programs.traced(on_arrays, params, args)
-    count = len(jax.tree.leaves(params))
-    flat = _Flattener(selection)
-    inputs = [flat.value(v) for v in closed.jaxpr.invars]
-    places = dict(zip(arrays, inputs, strict=True))
-    for n, i in enumerate(selection.indices):
-        flat.views[places[i]] = View(n)
-    outputs = flat.inline(closed.jaxpr, inputs, [flat.constant(c) for c in closed.consts])
-    return _finish(
-        flat,
-        [places[i] for i in arrays if i < count],
-        [places[i] for i in arrays if i >= count],
-        outputs,
-    )
+    traced = programs.traced(on_arrays, params, args)
+    return _flatten(traced, trees.select(params, where or _could_be_a_kernel))
+
+
+def _could_be_a_kernel(path: str, leaf: Any) -> bool:
+    floating = jnp.issubdtype(leaf.dtype, jnp.floating) and trees.has_zero(leaf.dtype)
+    return floating and len(leaf.shape) >= 2
 
 
 class _Use(NamedTuple):
-    """A use of a view that is no product: a lookup, or one that cannot be read."""
+    """A use of a leaf that is no product: a lookup, or one that cannot be read."""
 
     equation: int
     leaf: int
-    primitive: str
+    text: str  # none for a lookup
 
 
 class _Flattener:
-    """Collects equations while walking a jaxpr and those inside it."""
+    """Collects equations while reading a jaxpr and those inside it.
+
+    Attributes:
+        operands: What a value is in terms of selected leaves; more than one where leaves were concatenated.
+        makers: The equation of each value.
+        varying: Values that depend on the function's arguments.
+        fixed: Values that depend on neither params nor arguments.
+        derived: The leaves of which a value that depends on params alone was computed.
+        recomputed: Leaves that meet an activation only after such a computation.
+    """
 
     def __init__(self, selection: trees.Selection) -> None:
         self.selection = selection
@@ -257,10 +241,16 @@ class _Flattener:
         self.shapes: dict[int, jax.ShapeDtypeStruct] = {}
         self.constants: dict[int, Any] = {}
         self.known: dict[int, Any] = {}
-        self.views: dict[int, View] = {}
+        self.operands: dict[int, tuple[Operand, ...]] = {}
+        self.makers: dict[int, Equation] = {}
+        self.varying: set[int] = set()
+        self.fixed: set[int] = set()
+        self.derived: dict[int, frozenset[int]] = {}
+        self.recomputed: set[int] = set()
         self.products: list[Product] = []
         self.uses: list[_Use] = []
         self.bound: dict[int, Bound] = {}
+        self.values: dict[int, Any] = {}
 
     def value(self, like: Any) -> int:
         """A new id for a value of the shape of a variable or an array."""
@@ -271,12 +261,27 @@ class _Flattener:
     def constant(self, array: Any) -> int:
         new = self.value(array if trees.is_array(array) else np.asarray(array))
         self.constants[new] = array
+        if not trees.is_traced(array):
+            self.fixed.add(new)
         return new
 
     def literal(self, literal: Literal) -> int:
         new = self.value(literal)
         self.known[new] = literal.val
+        self.fixed.add(new)
         return new
+
+    def number(self, i: int) -> Any:
+        """What a value is that depends on nothing."""
+        if i in self.known or i in self.constants:
+            return self.known.get(i, self.constants.get(i))
+        if i not in self.values:
+            maker = self.makers[i]
+            given = [self.number(n) for n in maker.inputs]
+            with jax.ensure_compile_time_eval():
+                results = maker.operation(*given)
+            self.values |= zip(maker.outputs, results, strict=True)
+        return self.values[i]
 
     def inline(self, jaxpr: Jaxpr, inputs: Sequence[int], consts: Sequence[int]) -> list[int]:
         """Add the equations of a jaxpr. Returns the ids of its results."""
@@ -287,52 +292,172 @@ class _Flattener:
             return self.literal(v) if isinstance(v, Literal) else ids[v]
 
         for eqn in jaxpr.eqns:
-            results = self.add(eqn, [read(v) for v in eqn.invars], jaxpr)
+            results = self.add(eqn, [read(v) for v in eqn.invars])
             ids |= dict(zip(eqn.outvars, results, strict=True))
         return [read(v) for v in jaxpr.outvars]
-
-    def add(self, eqn: JaxprEqn, inputs: list[int], owner: Jaxpr) -> list[int]:
-        """Add one equation, or those inside it. Returns the ids of its results, one for each of its `outvars`."""
-        name = eqn.primitive.name
-        if name in _CALLS:
-            return self.inline_closed(eqn.params[_CALLS[name]], inputs)
-        viewed = [i for i in inputs if i in self.views]
-        if name == "cond" and inputs[0] in self.known:
-            branches = eqn.params["branches"]
-            branch = min(max(int(self.known[inputs[0]]), 0), len(branches) - 1)
-            return self.inline_closed(branches[branch], inputs[1:])
-        if name == "scan" and viewed:
-            return self.unroll(eqn, inputs)
-        # A scan's body that is unrolled comes by here once a turn, with the same equations.
-        if id(eqn) not in self.bound:
-            self.bound[id(eqn)] = Bound(eqn, owner)
-        operation = self.bound[id(eqn)]
-        outputs = {v: self.value(v) for v in operation.results}
-        variables = [n for n, v in enumerate(eqn.invars) if not isinstance(v, Literal)]
-        operands = {eqn.invars[n]: inputs[n] for n in variables}
-        ids = tuple(operands[v] for v in operation.variables)
-        if _is_counting(eqn) and all(i in self.known for i in inputs):
-            # Which branch of a switch is taken may take some arithmetic.
-            results = operation(*(self.known[i] for i in ids))
-            self.known |= zip(outputs.values(), map(np.asarray, results), strict=True)
-            return list(outputs.values())
-        if viewed:
-            self.follow(operation, inputs, list(outputs.values()))
-        self.equations.append(Equation(operation, ids, tuple(outputs.values())))
-        return [outputs.get(v, -1) for v in eqn.outvars]
 
     def inline_closed(self, body: programs.ClosedJaxpr | Jaxpr, inputs: Sequence[int]) -> list[int]:
         closed = [self.constant(c) for c in programs.constants(body)]
         return self.inline(programs.opened(body), inputs, closed)
 
+    def add(self, eqn: JaxprEqn, inputs: list[int]) -> list[int]:
+        """Add one equation, or those inside it. Returns the ids of its results, one for each of its `outvars`."""
+        name = eqn.primitive.name
+        if name in programs.CALLS:
+            return self.inline_closed(programs.called(eqn), inputs)
+        if name == "cond" and inputs[0] in self.known:
+            branches = eqn.params["branches"]
+            branch = min(max(int(self.known[inputs[0]]), 0), len(branches) - 1)
+            return self.inline_closed(branches[branch], inputs[1:])
+        if name == "scan" and any(i in self.operands for i in inputs):
+            return self.scan(eqn, inputs)
+        # A scan's body that is unrolled comes by here once a turn, with the same equations.
+        if id(eqn) not in self.bound:
+            self.bound[id(eqn)] = Bound(eqn)
+        operation = self.bound[id(eqn)]
+        outputs = {v: self.value(v) for v in operation.results}
+        operands = {v: i for v, i in zip(eqn.invars, inputs, strict=True) if type(v) is Var}
+        ids = tuple(operands[v] for v in operation.variables)
+        if _is_counting(eqn) and all(i in self.known for i in inputs):
+            # Which branch of a switch is taken may take some arithmetic.
+            results = operation(*(self.known[i] for i in ids))
+            self.known |= zip(outputs.values(), map(np.asarray, results), strict=True)
+            self.fixed.update(outputs.values())
+            return list(outputs.values())
+        results = [outputs.get(v, -1) for v in eqn.outvars]
+        self.emit(Equation(operation, ids, tuple(outputs.values())))
+        if any(i in self.operands for i in inputs):
+            self.follow(eqn, inputs, results)
+        elif name in _PRODUCTS and any(i in self.varying for i in inputs):
+            self.recomputed.update(*(self.derived.get(i, ()) for i in inputs))
+        return results
+
+    def emit(self, equation: Equation) -> None:
+        """Add an equation, and note of its results what they depend on."""
+        self.equations.append(equation)
+        self.makers |= dict.fromkeys(equation.outputs, equation)
+        if not self.varying.isdisjoint(equation.inputs):
+            self.varying.update(equation.outputs)
+        elif self.fixed.issuperset(equation.inputs) and not _has_effects(equation):
+            self.fixed.update(equation.outputs)
+        else:
+            leaves = frozenset(
+                leaf
+                for i in equation.inputs
+                for leaf in (
+                    *self.derived.get(i, ()),
+                    *(own.leaf for own in self.operands.get(i, ())),
+                )
+            )
+            if leaves:
+                self.derived |= dict.fromkeys(equation.outputs, leaves)
+
+    def scan(self, eqn: JaxprEqn, inputs: list[int]) -> list[int]:
+        """Add a scan that meets weights: turn by turn where it has a layer for each, as a loop where it shares them."""
+        constants, carries = programs.scan_arity(eqn)
+        if any(i in self.operands for i in inputs[constants + carries :]):
+            return self.unroll(eqn, inputs)
+        equations, uses, products = len(self.equations), len(self.uses), len(self.products)
+        outputs = self.roll(eqn, inputs)
+        counts = any(i in self.known for i in inputs[constants : constants + carries])
+        if len(self.uses) > uses and counts and eqn.params["length"] <= _MAX_TURNS:
+            # Which weights a turn uses may hang on its number.
+            del self.equations[equations:], self.uses[uses:], self.products[products:]
+            return self.unroll(eqn, inputs)
+        return outputs
+
+    def roll(self, eqn: JaxprEqn, inputs: list[int]) -> list[int]:
+        """Add a scan as it is, and before it one that gives the activations its weights meet, turn by turn."""
+        constants, carries = programs.scan_arity(eqn)
+        body: programs.ClosedJaxpr = eqn.params["jaxpr"]
+        inner = [self.value(v) for v in body.jaxpr.invars]
+        kept = [
+            n
+            for n in range(constants + carries)
+            if n < constants or body.jaxpr.outvars[n - constants] is body.jaxpr.invars[n]
+        ]
+        self.varying.update(n for k, n in enumerate(inner) if k not in kept)
+        for n in kept:
+            self.same(inputs[n], inner[n])
+        outer, self.equations = self.equations, []
+        uses, products = len(self.uses), len(self.products)
+        closed = [self.constant(c) for c in programs.constants(body)]
+        results = self.inline(body.jaxpr, inner, closed)
+        turn, self.equations = self.equations, outer
+        needed = set(_needed(turn, results))
+        found = [p for p in self.products[products:] if p.equation in needed]
+        seen = list(dict.fromkeys(p.activation for p in found))
+        stacked = dict(
+            zip(seen, (self.stacked(i, eqn.params["length"]) for i in seen), strict=True)
+        )
+        if found:
+            order = _needed(turn, [*results[:carries], *seen])
+            made = {i for n in order for i in turn[n].outputs} | self.known.keys() | {*inner}
+            more = [i for n in order for i in turn[n].inputs if i not in made]
+            more = [*dict.fromkeys([*more, *(i for i in seen if i not in made)])]
+            segment = Segment(
+                [turn[n] for n in order],
+                self.known,
+                [*more, *inner],
+                [*results[:carries], *seen],
+            )
+            loop = Loop(
+                segment,
+                (len(more) + constants, carries),
+                eqn.params["length"],
+                eqn.params["reverse"],
+            )
+            self.emit(Equation(loop, (*more, *inputs), tuple(stacked.values())))
+        self.products[products:] = [
+            p._replace(
+                equation=len(self.equations),
+                activation=stacked[p.activation],
+                loops=p.loops + 1,
+            )
+            for p in found
+        ]
+        self.uses[uses:] = [
+            use._replace(equation=len(self.equations))
+            for use in self.uses[uses:]
+            if use.equation in needed
+        ]
+        operation = Bound(eqn)
+        outputs = {v: self.value(v) for v in operation.results}
+        given = {v: i for v, i in zip(eqn.invars, inputs, strict=True) if type(v) is Var}
+        ids = tuple(given[v] for v in operation.variables)
+        self.emit(Equation(operation, ids, tuple(outputs.values())))
+        lost = [i for n, i in enumerate(inputs) if n not in kept]
+        returned = [i for n, i in enumerate(results) if constants + n not in kept]
+        self.note_uses([*lost, *returned], "scan")
+        for n in kept[constants:]:
+            if (v := eqn.outvars[n - constants]) in outputs:
+                self.same(inputs[n], outputs[v])
+        return [outputs.get(v, -1) for v in eqn.outvars]
+
+    def same(self, old: int, new: int) -> None:
+        """Note that one value is another."""
+        facts: Any
+        for facts in (self.operands, self.known, self.derived):
+            if old in facts:
+                facts[new] = facts[old]
+        for group in (self.varying, self.fixed):
+            if old in group:
+                group.add(new)
+        if old in self.fixed:
+            self.values[new] = self.number(old)
+
+    def stacked(self, i: int, length: int) -> int:
+        shape = self.shapes[i]
+        return self.value(jax.ShapeDtypeStruct((length, *shape.shape), shape.dtype))
+
     def unroll(self, eqn: JaxprEqn, inputs: list[int]) -> list[int]:
         """Add the body of a scan once for each turn, each with its slice of the stacked weights."""
-        constants, carries = scan_arity(eqn)
+        constants, carries = programs.scan_arity(eqn)
         body: programs.ClosedJaxpr = eqn.params["jaxpr"]
         length = eqn.params["length"]
         carry = inputs[constants : constants + carries]
         stacked = inputs[constants + carries :]
-        closed = [self.constant(c) for c in body.consts]
+        closed = [self.constant(c) for c in programs.constants(body)]
         turns: dict[int, list[int]] = {}
         for i in reversed(range(length)) if eqn.params["reverse"] else range(length):
             slices = [self.pick(x, i) for x in stacked]
@@ -342,181 +467,270 @@ class _Flattener:
         for n, v in enumerate(eqn.outvars[carries:]):
             outputs.append(self.value(v))
             gathered = tuple(turns[i][n] for i in range(length))
+            self.emit(Equation(Stack(), gathered, (outputs[-1],)))
             self.note_uses(gathered, "scan")
-            self.equations.append(Equation(Stack(), gathered, (outputs[-1],)))
         return [*carry, *outputs]
 
     def pick(self, stacked: int, index: int) -> int:
         shape = self.shapes[stacked]
         new = self.value(jax.ShapeDtypeStruct(shape.shape[1:], shape.dtype))
-        self.equations.append(Equation(Pick(), (stacked,), (new,), index))
-        view = self.views.get(stacked)
-        if view is not None and not view.steps:
-            self.views[new] = view._replace(picks=(*view.picks, index))
-        elif view is not None:
-            self.views[new] = view._replace(steps=(*view.steps, Step(Pick(), index)))
+        self.emit(Equation(Pick(), (stacked,), (new,), index))
+        step = LinearMap(("pick", index), lambda x: x[index])
+        own = self.operands.get(stacked, ())
+        self.make(
+            new,
+            [o.then(step) if o.maps else o._replace(picks=(*o.picks, index)) for o in own],
+            chosen=True,
+        )
         return new
 
-    def follow(self, operation: Bound, inputs: list[int], outputs: list[int]) -> None:
-        """Note what an equation makes of the views among its operands."""
-        eqn, name = operation.eqn, operation.eqn.primitive.name
-        view = self.views.get(inputs[0])
-        if view is not None and len(operation.variables) > 1:
-            view = None  # other operands have a say
-        if (
-            view is not None
-            and name in _NEUTRAL
-            and jnp.issubdtype(_aval(eqn.outvars[0]).dtype, jnp.floating)
-        ):
-            self.views[outputs[0]] = view
-        elif view is not None and _rearranges(eqn):
-            results = [v for v in eqn.outvars if type(v) is Var]
-            for output, v in zip(outputs, results, strict=True):
-                step = Step(operation, output=operation.results.index(v))
-                self.views[output] = view._replace(steps=(*view.steps, step))
-        elif (
-            name in _PRODUCTS
-            and len(weights := [n for n in (0, 1) if inputs[n] in self.views]) == 1
-        ):
-            view = self.views[inputs[weights[0]]]
-            picked = "".join(f"[{i}]" for i in view.picks)
-            path = self.selection.paths[view.leaf] + picked
-            self.products.append(Product(len(self.equations), weights[0], view, path))
-        else:
+    def make(self, output: int, operands: Sequence[Operand], chosen: bool = False) -> None:
+        """Note what a value is made of, without what has vanished from it."""
+        if chosen:
+            operands = [o for o in operands if not o.partial or self.places(o).any()]
+        if operands:
+            self.operands[output] = tuple(operands)
+
+    def places(self, operand: Operand) -> np.ndarray:
+        """As `places`, for a leaf that is selected."""
+        shape = self.selection.leaves[operand.leaf].shape[len(operand.picks) :]
+        return places(operand, shape)
+
+    def follow(self, eqn: JaxprEqn, inputs: list[int], outputs: list[int]) -> None:
+        """Note what an equation makes of the weights among its operands."""
+        name = eqn.primitive.name
+        weights = [n for n, i in enumerate(inputs) if i in self.operands]
+        if name in _PRODUCTS:
+            self.multiply(eqn, inputs, weights)
+            return
+        if name in ("concatenate", "stack") and self.varying.isdisjoint(inputs):
+            self.make(outputs[0], self.side_by_side(eqn, inputs))
+            return
+        steps = self.steps(eqn, inputs, weights[0]) if len(weights) == 1 else None
+        if steps is None:
             self.note_uses(inputs, name)
+            return
+        for output, step in zip(outputs, steps, strict=True):
+            own = self.operands[inputs[weights[0]]]
+            if output >= 0:
+                moved = [o.then(step) if step else o for o in own]
+                self.make(output, moved, chosen=name in _CHOOSING)
+
+    def steps(
+        self, eqn: JaxprEqn, inputs: list[int], place: int
+    ) -> Sequence[LinearMap | None] | None:
+        """What an equation does to the weight in one place, for each result: None where elements stay as they are.
+
+        Nothing at all, if it is no linear map that can be followed.
+        """
+        name = eqn.primitive.name
+        out, weight = programs.aval(eqn.outvars[0]), programs.aval(eqn.invars[place])
+        others = [i for n, i in enumerate(inputs) if n != place]
+        if not self.fixed.issuperset(others):
+            return None
+        if name in ("mul", "div") and out.shape == weight.shape and not (name == "div" and place):
+            factor = np.asarray(self.number(others[0]))
+            if not np.all(np.isfinite(factor)) or (name == "div" and not np.all(factor)):
+                return None
+            factor = 1 / factor if name == "div" else factor
+            return [None if _is_uniform(factor) else _scale(factor, out.shape)]
+        if name == "select_n" and place and out.shape == weight.shape and weight.size:
+            rest = [np.asarray(self.number(i)) for i in others]
+            if len(rest) != 2 or rest[1].any():
+                return None
+            return [_scale((rest[0] == place - 1).astype(np.float32), out.shape)]
+        if place:
+            return None
+        if name in _NEUTRAL:
+            one = len(eqn.outvars) == 1 and jnp.issubdtype(out.dtype, jnp.floating)
+            return [None] if one else None
+        rearranges = name in _REARRANGING or (
+            name == "broadcast_in_dim" and out.size == weight.size
+        )
+        if name == "pad":
+            return [_pad(tuple(eqn.params["padding_config"]))]
+        if not rearranges and name not in ("dynamic_slice", "gather"):
+            return None
+        numbers = [self.number(i) for i in others]
+        key = (hashing.equation_key(eqn), *map(hashing.array_key, numbers))
+
+        def apply(x: jax.Array, n: int) -> jax.Array:
+            return programs.bind(eqn, [x, *numbers])[n]
+
+        partial = name == "gather"
+        return [
+            LinearMap((key, n), lambda x, n=n: apply(x, n), partial=partial)
+            for n in range(len(eqn.outvars))
+        ]
+
+    def side_by_side(self, eqn: JaxprEqn, inputs: list[int]) -> list[Operand]:
+        """What several values are, each with zeros in the others' places."""
+        stacks = eqn.primitive.name == "stack"
+        axis, found, start = eqn.params["axis" if stacks else "dimension"], [], 0
+        whole = programs.aval(eqn.outvars[0]).shape
+        for i in inputs:
+            stop = start + (1 if stacks else self.shapes[i].shape[axis])
+            config = [(0, 0, 0)] * len(whole)
+            config[axis] = (start, whole[axis] - stop, 0)
+            step = _pad(tuple(config), axis if stacks else None)
+            found += [own.then(step) for own in self.operands.get(i, ())]
+            start = stop
+        return found
+
+    def multiply(self, eqn: JaxprEqn, inputs: list[int], weights: list[int]) -> None:
+        """Note the product of weights with an activation."""
+        if len(weights) == 2:
+            # A matrix of learned inputs (latents, queries) meets a kernel: names tell them apart.
+            named = [n for n in weights if all(map(self.is_kernel, self.operands[inputs[n]]))]
+            if len(named) == 1 and inputs[0] != inputs[1]:
+                self.note_uses([inputs[1 - named[0]]], eqn.primitive.name)
+                weights = named
+        side, other = weights[0], inputs[1 - weights[0]]
+        if len(weights) > 1 or other in self.fixed:
+            self.note_uses(inputs, eqn.primitive.name)
+            return
+        problem = _unlike_a_layer(eqn, side)
+        if problem is not None:
+            for own in self.operands[inputs[side]]:
+                text = f"cannot be pruned by its inputs: {problem}"
+                self.uses.append(_Use(len(self.equations) - 1, own.leaf, text))
+            return
+        for own in self.operands[inputs[side]]:
+            picked = "".join(f"[{i}]" for i in own.picks)
+            name = self.selection.paths[own.leaf] + picked
+            product = Product(
+                len(self.equations) - 1, eqn, side, own, other, 0, name, self.is_one_hot(other)
+            )
+            self.products.append(product)
+
+    def is_kernel(self, operand: Operand) -> bool:
+        path, leaf = (x[operand.leaf] for x in (self.selection.paths, self.selection.leaves))
+        return trees.is_kernel(path, leaf)
+
+    def is_one_hot(self, i: int) -> bool:
+        """Whether a value is a comparison, made a number."""
+        while i in self.makers and isinstance(self.makers[i].operation, Bound):
+            maker = self.makers[i]
+            name = maker.operation.eqn.primitive.name
+            if name in ("eq", "jit") or len(maker.inputs) != 1:
+                return name == "eq"
+            if name not in _REARRANGING | _NEUTRAL | {"broadcast_in_dim"}:
+                return False
+            i = maker.inputs[0]
+        return False
 
     def note_uses(self, inputs: Sequence[int], primitive: str) -> None:
-        leaves = {self.views[i].leaf for i in inputs if i in self.views}
-        self.uses += [_Use(len(self.equations), leaf, primitive) for leaf in sorted(leaves)]
+        leaves = {own.leaf for i in inputs for own in self.operands.get(i, ())}
+        text = f"is used by `{primitive}`, where it cannot be seen which inputs meet its weights"
+        text = "" if primitive == "gather" else text
+        self.uses += [_Use(len(self.equations) - 1, leaf, text) for leaf in sorted(leaves)]
+
+
+def places(operand: Operand, shape: tuple[int, ...]) -> np.ndarray:
+    """Where the elements of an operand come from, counted from 1 in what was picked of the leaf, 0 for elsewhere."""
+    with jax.ensure_compile_time_eval():
+        index = jnp.arange(1, math.prod(shape) + 1, dtype=jnp.int32).reshape(shape)
+        return np.asarray(operand.apply(index))
+
+
+def _pad(config: tuple[tuple[int, int, int], ...], new_axis: int | None = None) -> LinearMap:
+    """The map that puts zeros around, perhaps along a new axis."""
+
+    def padded(x: jax.Array) -> jax.Array:
+        x = x if new_axis is None else jnp.expand_dims(x, new_axis)
+        return jax.lax.pad(x, jnp.zeros((), x.dtype), config)
+
+    return LinearMap(("pad", config, new_axis), padded, partial=True)
+
+
+def _scale(factor: np.ndarray, shape: tuple[int, ...]) -> LinearMap:
+    factor = np.broadcast_to(factor, shape)
+    key = ("scale", hashing.array_key(factor))
+    return LinearMap(key, lambda x: x * factor.astype(x.dtype), scales=True)
+
+
+def _is_uniform(factor: np.ndarray) -> bool:
+    return factor.size > 0 and factor.flat[0] != 0 and bool(np.all(factor == factor.flat[0]))
+
+
+def _unlike_a_layer(eqn: JaxprEqn, side: int) -> str | None:
+    """What keeps a product from being rows of inputs times a matrix of weights."""
+    if eqn.primitive.name == "dot_general":
+        contracting, _ = eqn.params["dimension_numbers"]
+        return None if contracting[side] else "no axis of it is contracted"
+    if side == 0:
+        return "it is the image of a convolution, not the kernel"
+    return (
+        "its convolution has a batch_group_count" if eqn.params["batch_group_count"] != 1 else None
+    )
 
 
 def _is_counting(eqn: JaxprEqn) -> bool:
     """Whether an equation makes nothing but whole numbers and truth values."""
     return not eqn.effects and all(
-        _aval(v).shape == () and _aval(v).dtype in (np.dtype(np.int32), np.dtype(bool))
+        programs.aval(v).shape == ()
+        and programs.aval(v).dtype in (np.dtype(np.int32), np.dtype(bool))
         for v in eqn.outvars
     )
 
 
-def _aval(v: Any) -> Any:
-    return v.aval
+def _has_effects(equation: Equation) -> bool:
+    return isinstance(equation.operation, Bound) and bool(equation.operation.eqn.effects)
 
 
-def _rearranges(eqn: JaxprEqn) -> bool:
-    name, size = eqn.primitive.name, _aval(eqn.invars[0]).size
-    if name == "broadcast_in_dim":
-        return _aval(eqn.outvars[0]).size == size  # only axes of length 1 come in
-    if name == "dynamic_slice":
-        return True  # the starts are literals: the operand is the only variable
-    return name in _REARRANGING
-
-
-def _finish(flat: _Flattener, params: list[int], args: list[int], outputs: list[int]) -> Program:
-    """Drop what no output needs, then refuse what is left of views that cannot be read."""
+def _needed(equations: Sequence[Equation], outputs: Sequence[int]) -> list[int]:
+    """The equations that outputs hang on, in order."""
     needed, kept = set(outputs), []
-    for n in reversed(range(len(flat.equations))):
-        if needed.intersection(flat.equations[n].outputs):
-            needed.update(flat.equations[n].inputs)
+    for n in reversed(range(len(equations))):
+        if needed.intersection(equations[n].outputs):
+            needed.update(equations[n].inputs)
             kept.append(n)
-    kept.reverse()
+    return kept[::-1]
+
+
+def _flatten(traced: programs.Traced, selection: trees.Selection) -> Program:
+    """Read a jaxpr, drop what no output needs, and say of each leaf whether its products are all that it does."""
+    closed, _, arrays, _ = traced
+    count = len(jax.tree.leaves(selection.params))
+    flat = _Flattener(selection)
+    inputs = [flat.value(v) for v in closed.jaxpr.invars]
+    places = dict(zip(arrays, inputs, strict=True))
+    args = [places[i] for i in arrays if i >= count]
+    flat.varying.update(args)
+    for n, i in enumerate(selection.indices):
+        flat.operands[places[i]] = (Operand(n),)
+    outputs = flat.inline(closed.jaxpr, inputs, [flat.constant(c) for c in closed.consts])
+    needed = set(_needed(flat.equations, outputs))
+    uses = [use for use in flat.uses if use.equation in needed]
+    found = [p for p in flat.products if p.equation in needed]
+    # No output needs what is computed for the activations inside of a loop.
+    kept = _needed(flat.equations, [*outputs, *(p.activation for p in found)])
     place = {n: i for i, n in enumerate(kept)}
-    products = [
-        p._replace(equation=place[p.equation]) for p in flat.products if p.equation in place
-    ]
-    paths = flat.selection.paths
-    read = {p.view.leaf for p in products}
-    uses = [use for use in flat.uses if use.equation in place]
-    looked_up = {use.leaf for use in uses if use.primitive == "gather"}
-    for use in uses:
-        if use.primitive != "gather":
-            raise ValueError(
-                f"trace: {paths[use.leaf]!r} is used by `{use.primitive}`, where it cannot be seen which inputs meet "
-                f"its weights. Leave the leaf out with `where`."
-            )
-    for leaf, path in enumerate(paths):
-        if leaf not in read | looked_up:
-            raise ValueError(
-                f"trace: the function's outputs depend on no product of {path!r} with an activation. "
-                f"Leave the leaf out with `where`, or calibrate a function that uses it."
-            )
-    equations = [flat.equations[n] for n in kept]
+    products = [p._replace(equation=place[p.equation]) for p in found]
+    read = {p.weight.leaf for p in products}
+    looked_up = {use.leaf for use in uses if not use.text}
+    reasons: dict[int, Reason] = {}
+    for leaf, path in enumerate(selection.paths):
+        unreadable = [use.text for use in uses if use.leaf == leaf and use.text]
+        if unreadable:
+            kind = "recomputed" if leaf in flat.recomputed else "no product"
+            reasons[leaf] = Reason(kind, f"{path!r} {unreadable[0]}")
+        elif leaf in looked_up - read:
+            reasons[leaf] = Reason("looked up", f"{path!r} is only looked up in")
+        elif leaf not in read:
+            text = f"the function's outputs depend on no product of {path!r} with an activation"
+            reasons[leaf] = Reason("no product", text)
     return Program(
-        equations,
-        params,
+        [flat.equations[n] for n in kept],
+        [places[i] for i in arrays if i < count],
         args,
         flat.constants,
         flat.known,
         flat.shapes,
         outputs,
-        flat.views,
         products,
-        flat.selection,
+        selection,
+        reasons,
+        looked_up | {p.weight.leaf for p in products if p.is_lookup},
+        traced,
     )
-
-
-class _Identity:
-    """Equal to itself only, and keeps the object alive, so that its id is not given to another."""
-
-    def __init__(self, item: Any) -> None:
-        self.item = item
-
-    def __hash__(self) -> int:
-        return id(self.item)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Identity) and self.item is other.item
-
-
-def _equation_key(eqn: JaxprEqn, numbers: dict[Any, int]) -> Any:
-    """What an equation computes, as a hashable value. Variables count by the order in which they appear."""
-    operands = tuple(
-        _key(v) if isinstance(v, Literal) else numbers.setdefault(v, len(numbers))
-        for v in eqn.invars
-    )
-    results = tuple(
-        (
-            numbers.setdefault(v, len(numbers)) if type(v) is Var else -1,
-            _aval(v).shape,
-            _aval(v).dtype,
-        )
-        for v in eqn.outvars
-    )
-    name = eqn.primitive.name
-    if name in _CALLS:  # rules for derivatives, fresh functions in every trace, do not count
-        params = _key(eqn.params[_CALLS[name]])
-    else:
-        params = tuple((k, _key(v)) for k, v in sorted(eqn.params.items()))
-    return eqn.primitive, operands, results, params
-
-
-def _key(item: Any) -> Any:
-    if programs.is_program(item):
-        closed = tuple(_Identity(c) for c in programs.constants(item))
-        item = programs.opened(item)
-        numbers: dict[Any, int] = {}
-        inputs = [numbers.setdefault(v, len(numbers)) for v in (*item.constvars, *item.invars)]
-        body = tuple(_equation_key(eqn, numbers) for eqn in item.eqns)
-        outputs = tuple(_key(v) if isinstance(v, Literal) else numbers[v] for v in item.outvars)
-        return "jaxpr", len(inputs), closed, body, outputs
-    if isinstance(item, Literal):
-        value = np.asarray(item.val)
-        return "literal", value.dtype, value.shape, value.tobytes()
-    if isinstance(item, tuple | list):
-        return type(item), tuple(map(_key, item))
-    if isinstance(item, dict):
-        return "dict", tuple((k, _key(v)) for k, v in sorted(item.items(), key=repr))
-    if isinstance(item, float):
-        return "float", repr(item)  # 0.0 == -0.0
-    try:
-        hash(item)
-    except TypeError:
-        return _Identity(item)
-    return type(item), item
-
-
-def scan_arity(eqn: JaxprEqn) -> tuple[int, int]:
-    """How many inputs of a `scan` equation are constants, and how many are carried."""
-    if "num_consts" in eqn.params:
-        return eqn.params["num_consts"], eqn.params["num_carry"]
-    constants, carries, _ = eqn.params["ft_in"].unpack()  # JAX 0.12 and later
-    return len(constants), len(carries)

@@ -3,7 +3,7 @@
 A `ClosedJaxpr` holds a `Jaxpr` and its constants. In later releases (0.12) one type is both, by either name.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
 import jax
@@ -11,11 +11,64 @@ import jax.numpy as jnp
 from jax.extend.core import (
     ClosedJaxpr,  # pyright: ignore[reportPrivateImportUsage]
     Jaxpr,
+    JaxprEqn,
+    Literal,
+    Var,
+    jaxpr_as_fun,
 )
 
 from prunax import trees
 
 __all__: list[str] = []  # for the modules of prunax
+
+
+# Equations that mean what the program in one of their parameters means, as long as nobody differentiates.
+CALLS = frozenset(
+    """
+    jit pjit closed_call core_call remat remat2 checkpoint custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr
+    custom_vmap_call composite
+    """.split()
+)
+
+
+def aval(var: Any) -> Any:
+    """Shape and dtype of a variable or literal."""
+    return var.aval
+
+
+def called(eqn: JaxprEqn) -> ClosedJaxpr:
+    """The program that an equation of `CALLS` calls."""
+    names = (name for name in ("jaxpr", "call_jaxpr", "fun_jaxpr", "call") if name in eqn.params)
+    jaxpr = eqn.params[next(names)]
+    return jaxpr if isinstance(jaxpr, ClosedJaxpr) else ClosedJaxpr(jaxpr, ())
+
+
+def bind(eqn: JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
+    """Evaluate one equation, as it stands, on its operands. A result for each of its `outvars`."""
+    inner = [p for p in jax.tree.leaves(list(eqn.params.values())) if is_program(p)]
+    if not inner:
+        out = eqn.primitive.bind(*operands, **eqn.params)
+        return out if eqn.primitive.multiple_results else [out]
+    # What has programs inside is bound by JAX itself, as the one equation of a program.
+    given = list(zip(eqn.invars, operands, strict=True))
+    values = {var: x for var, x in given if not isinstance(var, Literal)}
+    outvars = [Var(var.aval) for var in eqn.outvars]  # a result that is not used has no name
+    program = opened(inner[0]).replace(
+        constvars=[],
+        invars=list(values),
+        outvars=outvars,
+        eqns=[eqn.replace(outvars=outvars)],
+        effects=eqn.effects,
+    )
+    return jaxpr_as_fun(ClosedJaxpr(program, ()))(*values.values())
+
+
+def scan_arity(eqn: JaxprEqn) -> tuple[int, int]:
+    """How many inputs of a `scan` equation are constants, and how many are carried."""
+    if "num_consts" in eqn.params:
+        return eqn.params["num_consts"], eqn.params["num_carry"]
+    constants, carries, _ = eqn.params["ft_in"].unpack()  # JAX 0.12 and later
+    return len(constants), len(carries)
 
 
 def is_program(item: Any) -> TypeGuard[ClosedJaxpr | Jaxpr]:

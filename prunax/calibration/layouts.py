@@ -5,6 +5,7 @@ weights (experts, heads with weights of their own) and feature groups of a convo
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -75,7 +76,7 @@ class ConvLayout(NamedTuple):
     """The layout of a `conv_general_dilated`: inputs are the windows that the kernel meets.
 
     Attributes:
-        input_axes: Axes of the activation, (batch, feature, spatial).
+        input_axes: Axes of the activation, (turns of loops, batch, feature, spatial).
         weight_axes: Axes of the kernel, (spatial, in, out).
         weight_shape: Shape of the kernel.
         window_strides: As in `jax.lax.conv_general_dilated`.
@@ -117,6 +118,7 @@ class ConvLayout(NamedTuple):
     def inputs(self, x: jax.Array) -> jax.Array:
         """The windows of the activation as (problems, rows, in)."""
         x = x.transpose(self.input_axes)
+        x = x.reshape(-1, *x.shape[x.ndim - len(self.weight_shape) + 1 :])
         n, channels = x.shape[:2]
         patches = jax.lax.conv_general_dilated_patches(
             x,
@@ -151,63 +153,48 @@ class ConvLayout(NamedTuple):
 Layout = DotLayout | ConvLayout
 
 
-def layout_of(program: _jaxprs.Program, product: _jaxprs.Product) -> tuple[Layout, int]:
+def layout_of(product: _jaxprs.Product, experts: Sequence[int] = ()) -> Layout:
     """Read the layout of a product.
 
     Args:
-        program: The program.
-        product: One of its products.
+        product: A product of a program.
+        experts: Axes of the weight that are contracted, and stand for matrices of their own all the same.
 
     Returns:
-        The layout, and the id of the activation.
-
-    Raises:
-        ValueError: If the product is none of a matrix with inputs: nothing is contracted, the weight takes the place
-            of a convolution's image, or the convolution groups its batch. The message names the leaf.
+        The layout.
 
     Examples:
         >>> import jax.numpy as jnp, prunax
         >>> params = {"kernel": jnp.ones((4, 3))}
         >>> program = prunax._jaxprs.trace(lambda p, x: x @ p["kernel"], params, jnp.ones((2, 4)))
-        >>> layout, _ = prunax.calibration.layouts.layout_of(program, program.products[0])
-        >>> layout.shape
+        >>> prunax.calibration.layouts.layout_of(program.products[0]).shape
         (1, 4, 3)
     """
-    operation, ids, _, _ = program.equations[product.equation]
-    eqn = operation.eqn
-    variables = dict(zip(operation.variables, ids, strict=True))
-    other = eqn.invars[1 - product.operand]
-    if other not in variables:
-        raise ValueError(f"calibration: {product.name!r} is multiplied by a constant only.")
-    if eqn.primitive.name == "dot_general":
-        layout = _dot_layout(eqn, product.operand)
-        problem = None if layout.contracting else "no axis of it is contracted"
-    else:
-        layout = _conv_layout(eqn)
-        problem = None
-        if product.operand == 0:
-            problem = "it is the image of a convolution, not the kernel"
-        elif eqn.params["batch_group_count"] != 1:
-            problem = "its convolution has a batch_group_count"
-    if problem is not None:
-        raise ValueError(
-            f"calibration: {product.name!r} cannot be pruned by its inputs: {problem}. "
-            f"Leave the leaf out with `where`."
-        )
-    return layout, variables[other]
+    if product.eqn.primitive.name == "dot_general":
+        return _dot_layout(product, experts)
+    return _conv_layout(product)
 
 
-def _dot_layout(eqn: Any, operand: int) -> DotLayout:
+def _dot_layout(product: _jaxprs.Product, experts: Sequence[int]) -> DotLayout:
+    eqn, side = product.eqn, product.side
     contracting, batch = eqn.params["dimension_numbers"]
-    weight, other = eqn.invars[operand].aval, eqn.invars[1 - operand].aval
-    order = sorted(range(len(contracting[operand])), key=lambda n: contracting[operand][n])
-    weight_in = [contracting[operand][n] for n in order]
-    other_in = [contracting[1 - operand][n] for n in order]
-    weight_batch, other_batch = batch[operand], batch[1 - operand]
+    weight, other = (_jaxprs.aval(eqn.invars[n]) for n in (side, 1 - side))
+    pairs = sorted(zip(contracting[side], contracting[1 - side], strict=True))
+    of_problems = list(zip(batch[side], batch[1 - side], strict=True))
+    of_problems += [pair for pair in pairs if pair[0] in experts]
+    pairs = [pair for pair in pairs if pair[0] not in experts]
+    weight_in, other_in = zip(*pairs, strict=True)
+    weight_batch, other_batch = [w for w, _ in of_problems], [x for _, x in of_problems]
     weight_out = [a for a in range(weight.ndim) if a not in (*weight_in, *weight_batch)]
     rows = [a for a in range(other.ndim) if a not in (*other_in, *other_batch)]
+    # Turns of loops, in front of all axes, are rows.
+    later = product.loops
     return DotLayout(
-        (*other_batch, *rows, *other_in),
+        (
+            *(a + later for a in other_batch),
+            *range(later),
+            *(a + later for a in (*rows, *other_in)),
+        ),
         (*weight_batch, *weight_in, *weight_out),
         len(weight_batch),
         len(weight_in),
@@ -215,14 +202,14 @@ def _dot_layout(eqn: Any, operand: int) -> DotLayout:
     )
 
 
-def _conv_layout(eqn: Any) -> ConvLayout:
-    params = eqn.params
+def _conv_layout(product: _jaxprs.Product) -> ConvLayout:
+    params = product.eqn.params
     numbers = params["dimension_numbers"]
     outputs, inputs, *spatial = numbers.rhs_spec
     return ConvLayout(
-        tuple(numbers.lhs_spec),
+        (*range(product.loops), *(a + product.loops for a in numbers.lhs_spec)),
         (*spatial, inputs, outputs),
-        eqn.invars[1].aval.shape,
+        _jaxprs.aval(product.eqn.invars[1]).shape,
         tuple(params["window_strides"]),
         tuple(map(tuple, params["padding"])),
         tuple(params["lhs_dilation"]),

@@ -14,22 +14,26 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.linalg import solve_triangular
 
-from prunax import _counts, _selection, patterns, trees
+from prunax import _counts, _selection, patterns
 
 __all__ = [
     "Factor",
     "Sparse",
-    "admm",
-    "budgets",
+    "alps",
+    "block_budgets",
     "factorize",
+    "gram",
+    "keep_largest",
     "obs",
+    "propagate_errors",
     "refit",
-    "retarget",
-    "wanda_scores",
+    "squares",
 ]
 
 # Columns whose updates are applied one by one before the rest of their block is brought up to date by a matrix product.
 _PANEL = 16
+# Gram matrices of so many inputs are put together from parts; below, one product is faster.
+_SPLIT = 512
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -60,42 +64,109 @@ class Sparse(NamedTuple):
     mask: jax.Array
 
 
-def budgets(
-    pattern: patterns.Pattern, num_pruned: int, shape: tuple[int, int, int], block_size: int = 128
-) -> np.ndarray:
+def squares(inputs: jax.Array) -> jax.Array:
+    """Sum up the squares of each input.
+
+    Args:
+        inputs: (rows, in), float32 or float64.
+
+    Returns:
+        (in,) sums over the rows.
+
+    Examples:
+        >>> import jax.numpy as jnp, prunax
+        >>> prunax.calibration.solver.squares(jnp.array([[3.0, 1.0], [4.0, 0.0]])).tolist()
+        [25.0, 1.0]
+    """
+    return jnp.sum(jnp.square(inputs), axis=0)
+
+
+def gram(inputs: jax.Array) -> jax.Array:
+    """Multiply each input with each.
+
+    Args:
+        inputs: X, (rows, in), float32 or float64.
+
+    Returns:
+        The Gram matrix ``X.T @ X``, (in, in).
+
+    Examples:
+        >>> import jax.numpy as jnp, prunax
+        >>> prunax.calibration.solver.gram(jnp.array([[3.0, 1.0], [4.0, 0.0]])).tolist()
+        [[25.0, 3.0], [3.0, 1.0]]
+    """
+    length = inputs.shape[-1]
+    if length < _SPLIT:
+        return _product(inputs.T, inputs)
+    # What stands on one side of the diagonal stands on the other too: of two halves, three products do for four.
+    first, second = inputs[:, : length // 2], inputs[:, length // 2 :]
+    off = _product(first.T, second)
+    return jnp.block([[gram(first), off], [off.T, gram(second)]])
+
+
+def keep_largest(
+    scores: jax.Array, budget: jax.Array | int, pattern: patterns.Pattern
+) -> jax.Array:
+    """Mask the smallest scores of a matrix.
+
+    Args:
+        scores: (in, out), larger = keep.
+        budget: int32 scalar: how many units of the pattern go; where it compares along an axis
+            (`patterns.ConstantFanIn`, `patterns.NM`), how many of each slice.
+        pattern: Any pattern.
+
+    Returns:
+        (in, out) bool, True = kept.
+
+    Examples:
+        >>> import jax.numpy as jnp, prunax
+        >>> scores = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+        >>> prunax.calibration.solver.keep_largest(scores, 1, prunax.patterns.ConstantFanIn()).tolist()
+        [[False, False], [True, True]]
+    """
+    units = pattern.pool(scores)
+    if pattern.compare_axis is None:
+        count = _counts.Count(jnp.uint32(0), jnp.asarray(budget).astype(jnp.uint32))
+        kept = _selection.keep_largest([units], [(0,)], [count])[0]
+    else:
+        kept = _selection.keep_largest_along(units, pattern.compare_axis, budget)
+    return jnp.broadcast_to(pattern.expand(kept, scores.shape), scores.shape)
+
+
+def block_budgets(
+    budget: jax.Array | int, pattern: patterns.Pattern, length: int, block_size: int = 128
+) -> jax.Array:
     """Share out how many weights are pruned among the blocks of inputs that `obs` goes through.
 
     Args:
+        budget: int32 scalar: how many weights the matrix loses; for ConstantFanIn each output, for NM each group.
         pattern: `patterns.Unstructured`, `patterns.ConstantFanIn` or `patterns.NM`.
-        num_pruned: For Unstructured the number of weights that all matrices together lose; for ConstantFanIn what each
-            output loses, for NM what each group loses.
-        shape: ``(matrices, in, out)``.
+        length: How many inputs the matrix has.
         block_size: Inputs in a block.
 
     Returns:
-        int32 array (matrices, blocks): what each block loses (each output of it, each group of it). The sums are exact:
-        block by block, the total so far is the rounded share of the weights so far.
+        (blocks,) int32: what each block loses (each output of it, each group of it). The sums are exact: block by
+        block, the total so far is the rounded share of the inputs so far, halves up.
 
     Examples:
         >>> import prunax
-        >>> prunax.calibration.solver.budgets(prunax.patterns.Unstructured(), 5, (1, 5, 2), 2).tolist()
-        [[2, 2, 1]]
+        >>> prunax.calibration.solver.block_budgets(5, prunax.patterns.Unstructured(), 5, 2).tolist()
+        [2, 2, 1]
     """
-    matrices, length, width = shape
-    ends = np.minimum(np.arange(1, -(-length // block_size) + 1) * block_size, length)
-    if isinstance(pattern, patterns.NM):
-        return np.full((matrices, len(ends)), num_pruned, np.int32)
-    if isinstance(pattern, patterns.ConstantFanIn):
-        sums = [share(num_pruned, end, length) for end in ends]
-        return np.tile(np.diff(sums, prepend=0).astype(np.int32), (matrices, 1))
-    done = (np.arange(matrices)[:, None] * length + ends).reshape(-1) * width
-    sums = [share(num_pruned, n, matrices * length * width) for n in done]
-    return np.diff(sums, prepend=0).astype(np.int32).reshape(matrices, -1)
+    blocks = -(-length // block_size)
+    budget = jnp.asarray(budget, jnp.int32)
+    if isinstance(pattern, patterns.NM) or blocks == 1:
+        return jnp.full(blocks, budget)
+    # budget = each * length + rest, and only the rest needs rounding: no product here exceeds 32 bits.
+    each, rest = budget // length, (budget % length).astype(jnp.uint32)
+    sizes = np.minimum(block_size, length - np.arange(blocks) * block_size)
 
+    def share(over: jax.Array, size: jax.Array) -> tuple[jax.Array, jax.Array]:
+        total = over + 2 * rest * size.astype(jnp.uint32)
+        return total % (2 * length), (total // (2 * length)).astype(jnp.int32)
 
-def share(total: int, part: Any, whole: int) -> int:
-    """``round(total * part / whole)`` in exact integers, halves up."""
-    return (2 * total * int(part) + whole) // (2 * whole) if whole else 0
+    _, extra = jax.lax.scan(share, jnp.uint32(length), jnp.asarray(sizes, jnp.int32))
+    return each * jnp.asarray(sizes, jnp.int32) + extra
 
 
 @jax.jit
@@ -152,7 +223,7 @@ def factorize(gram: jax.Array, damping: jax.Array | float = 0.01) -> Factor:
 def obs(
     weights: jax.Array,
     factor: Factor,
-    budget: jax.Array,
+    budget: jax.Array | int,
     *,
     pattern: patterns.Pattern = patterns.Unstructured(),
     block_size: int = 128,
@@ -162,7 +233,7 @@ def obs(
     Args:
         weights: (in, out) matrix.
         factor: `factorize` of the Gram matrix of its inputs.
-        budget: (blocks,) int32, a row of `budgets`.
+        budget: int32 scalar: how many weights the matrix loses; for ConstantFanIn each output, for NM each group.
         pattern: `patterns.Unstructured`: chosen within each block of inputs, over all outputs.
             `patterns.ConstantFanIn`: within each block, output by output. `patterns.NM`: within each group, when its
             turn comes.
@@ -176,7 +247,7 @@ def obs(
         >>> import jax.numpy as jnp, prunax
         >>> solver = prunax.calibration.solver
         >>> factor = solver.factorize(jnp.array([[2.0, 1.0], [1.0, 2.0]]), 0.0)
-        >>> solver.obs(jnp.array([[1.0], [3.0]]), factor, jnp.array([1])).weights[:, 0].tolist()
+        >>> solver.obs(jnp.array([[1.0], [3.0]]), factor, 1).weights[:, 0].tolist()
         [0.0, 3.5]
 
     References:
@@ -210,7 +281,12 @@ def obs(
     _, (kept, mask) = jax.lax.scan(
         prune_block,
         jnp.zeros_like(rows),
-        (rows.reshape(blocks, size, width), columns, starts, budget[:blocks]),
+        (
+            rows.reshape(blocks, size, width),
+            columns,
+            starts,
+            block_budgets(budget, pattern, length, block_size),
+        ),
     )
     kept, mask = (x.reshape(-1, width)[:length] for x in (kept, mask))
     return Sparse(kept.astype(weights.dtype), mask)
@@ -234,10 +310,7 @@ def _choose(
     if isinstance(pattern, patterns.NM):
         return jnp.ones(rows.shape, jnp.bool_)
     scores = jnp.where(padded[:, None], jnp.inf, jnp.square(rows / diagonal[:, None]))
-    if isinstance(pattern, patterns.ConstantFanIn):
-        return _selection.keep_largest_along(scores, 0, k)
-    count = _counts.Count(jnp.uint32(0), k.astype(jnp.uint32))
-    return _selection.keep_largest([scores], [(0,)], [count])[0]
+    return keep_largest(scores, k, pattern)
 
 
 def _prune_panels(
@@ -280,22 +353,22 @@ def _prune_panels(
 
 
 @jax.jit
-def retarget(
-    weights: jax.Array, factor: Factor, drift: jax.Array, correction: jax.Array | float
+def propagate_errors(
+    weights: jax.Array, factor: Factor, errors: jax.Array, strength: jax.Array | float
 ) -> jax.Array:
-    r"""Move a dense matrix so that it makes good a part of what its inputs have lost before it.
+    r"""Move a dense matrix so that it makes up for a part of the errors that its inputs bring along.
 
-    .. math:: w + c\,(\tilde X^T \tilde X + \lambda \bar h I)^{-1} \tilde X^T (X - \tilde X)\,w
+    .. math:: w + \alpha\,(\hat X^T \hat X + \lambda \bar h I)^{-1} \hat X^T (X - \hat X)\,w
 
-    Of all matrices this one brings the outputs nearest to :math:`\tilde X w + c (X - \tilde X) w`, with
-    :math:`\tilde X` the inputs that the layer gets and X those that it got in the dense model. Pruned in place of w it
-    is pruned towards them.
+    Of all matrices this one brings the outputs nearest to :math:`\hat X w + \alpha (X - \hat X) w`, with
+    :math:`\hat X` the inputs that the layer gets and X those that it got in the dense model. Pruned in place of w it is
+    pruned towards them.
 
     Args:
         weights: (in, out) dense matrix w.
         factor: `factorize` of the Gram matrix of the inputs that the layer gets.
-        drift: (in, in) product of those with what they lack, :math:`\tilde X^T (X - \tilde X)`.
-        correction: c, from 0, which changes nothing, to 1 for the outputs of the dense model.
+        errors: (in, in) product of those with what they lack, :math:`\hat X^T (X - \hat X)`.
+        strength: alpha, from 0, which changes nothing, to 1 for the outputs of the dense model.
 
     Returns:
         The matrix, in the weights' dtype.
@@ -304,37 +377,17 @@ def retarget(
         >>> import jax.numpy as jnp, prunax
         >>> solver = prunax.calibration.solver
         >>> factor = solver.factorize(jnp.array([[1.0]]), 0.0)  # an input that comes at half its size
-        >>> solver.retarget(jnp.array([[3.0]]), factor, jnp.array([[1.0]]), 1.0).tolist()
+        >>> solver.propagate_errors(jnp.array([[3.0]]), factor, jnp.array([[1.0]]), 1.0).tolist()
         [[6.0]]
+
+    References:
+        Arai and Ichikawa, Quantization Error Propagation: Revisiting Layer-Wise Post-Training Quantization, 2025,
+        arXiv:2504.09629, weight correction with propagation strength alpha. There for quantized layers.
     """
     dtype = factor.upper.dtype
     dense = weights.astype(dtype)
-    made_good = _product(factor.upper.T, _product(factor.upper, _product(drift, dense)))
-    return (dense + jnp.asarray(correction, dtype) * made_good).astype(weights.dtype)
-
-
-def wanda_scores(weights: jax.Array, norms: jax.Array) -> jax.Array:
-    r"""Score each weight by its magnitude times the norm of its input, :math:`|w_{ij}| \|x_i\|_2`.
-
-    Args:
-        weights: (..., in, out) matrices.
-        norms: (..., in) norms of the inputs over all rows. Where all of a matrix are zero they say nothing, and the
-            magnitude alone counts.
-
-    Returns:
-        Scores of the weights' shape, at least float32.
-
-    Examples:
-        >>> import jax.numpy as jnp, prunax
-        >>> prunax.calibration.solver.wanda_scores(jnp.array([[1.0], [-2.0]]), jnp.array([3.0, 1.0]))[:, 0].tolist()
-        [3.0, 2.0]
-
-    References:
-        Sun et al., Wanda, 2024, arXiv:2306.11695, equation 1.
-    """
-    dtype = trees.wide_dtype(weights.dtype, norms.dtype)
-    norms = jnp.where(jnp.any(norms > 0, axis=-1, keepdims=True), norms, 1)
-    return jnp.abs(weights.astype(dtype)) * norms.astype(dtype)[..., None]
+    correction = _product(factor.upper.T, _product(factor.upper, _product(errors, dense)))
+    return (dense + jnp.asarray(strength, dtype) * correction).astype(weights.dtype)
 
 
 @functools.partial(jax.jit, static_argnames="iterations")
@@ -410,10 +463,10 @@ def refit(
 
 
 @functools.partial(jax.jit, static_argnames=("pattern", "iterations", "polish"))
-def admm(
+def alps(
     weights: jax.Array,
     gram: jax.Array,
-    num_pruned: jax.Array,
+    budget: jax.Array | int,
     *,
     pattern: patterns.Pattern = patterns.Unstructured(),
     damping: jax.Array | float = 0.01,
@@ -429,7 +482,7 @@ def admm(
     Args:
         weights: (in, out) dense matrix W.
         gram: (in, in) Gram matrix of the inputs X.
-        num_pruned: int32 scalar: how many weights the matrix loses; for ConstantFanIn each output, for NM each group.
+        budget: int32 scalar: how many weights the matrix loses; for ConstantFanIn each output, for NM each group.
         pattern: `patterns.Unstructured`, `patterns.ConstantFanIn` or `patterns.NM`.
         damping: Factor of the mean of the Gram matrix's diagonal, added to it.
         iterations: At most so many rounds; they end when the support no longer changes.
@@ -441,7 +494,7 @@ def admm(
     Examples:
         >>> import jax.numpy as jnp, prunax
         >>> gram = jnp.array([[2.0, 1.0], [1.0, 2.0]])
-        >>> sparse = prunax.calibration.solver.admm(jnp.array([[1.0], [3.0]]), gram, jnp.int32(1), damping=0.0)
+        >>> sparse = prunax.calibration.solver.alps(jnp.array([[1.0], [3.0]]), gram, 1, damping=0.0)
         >>> sparse.mask[:, 0].tolist(), round(float(sparse.weights[1, 0]), 3)
         ([False, True], 3.5)
 
@@ -463,7 +516,7 @@ def admm(
     target = values * _product(vectors.T, dense)
 
     def project(x: jax.Array) -> jax.Array:
-        return _largest(pattern, jnp.abs(x), num_pruned)
+        return keep_largest(jnp.abs(x), budget, pattern)
 
     def step(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         i, penalty, sparse, dual, mask, _, _ = state
@@ -495,17 +548,6 @@ def admm(
     first = sparse / norm[:, None]
     fitted = refit(weights, mask, gram, damping=damping, start=first, iterations=polish)
     return Sparse(fitted, mask)
-
-
-def _largest(pattern: patterns.Pattern, scores: jax.Array, k: jax.Array) -> jax.Array:
-    """Keep the largest scores of a matrix: all but k of it, of each output, or of each group."""
-    if isinstance(pattern, patterns.Unstructured):
-        count = _counts.Count(jnp.uint32(0), k.astype(jnp.uint32))
-        return _selection.keep_largest([scores], [(0,)], [count])[0]
-    if isinstance(pattern, patterns.NM):
-        groups = scores.reshape(-1, pattern.m, scores.shape[-1])
-        return _selection.keep_largest_along(groups, 1, k).reshape(scores.shape)
-    return _selection.keep_largest_along(scores, 0, k)
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -22,7 +22,6 @@ from prunax.structured.omission import (
 )
 from prunax.structured.prune import Shrunk
 from prunax.structured.residuals import Branch, Residuals, covers, matches, residuals
-from prunax.structured.rules import inner_jaxpr
 
 __all__ = ["prune_depth"]
 
@@ -388,7 +387,7 @@ def _loops(program: programs.ClosedJaxpr, place: Place) -> list[tuple[Place, int
         eqn = program.jaxpr.eqns[n]
         if eqn.primitive.name == "scan":
             found.append((place[:depth], eqn.params["length"]))
-        program = inner_jaxpr(eqn)
+        program = programs.called(eqn)
     return found
 
 

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.core import JaxprEqn, Literal, Var, jaxpr_as_fun
+from jax.extend.core import JaxprEqn, Literal
 
-from prunax._jaxprs import programs, scan_arity
+from prunax._jaxprs import programs
 from prunax.structured import axes
 from prunax.structured.axes import Axis, Incompatible
-from prunax.structured.rules import CALLS, RULES, solve_operands, while_operands
+from prunax.structured.rules import RULES, solve_operands, while_operands
 from prunax.structured.walk import Step, Trace, Value, View, Walk, walk
 
 __all__: list[str] = []
@@ -70,8 +70,8 @@ def _changes(step: Step, keep: Keep) -> bool:
 def _step(step: Step, keep: Keep, args: Sequence[Any]) -> Sequence[Any]:
     eqn = step.eqn
     if not _changes(step, keep):
-        return bind_as_is(eqn, args)
-    if eqn.primitive.name in CALLS:
+        return programs.bind(eqn, args)
+    if eqn.primitive.name in programs.CALLS:
         return _call(step, keep, args)
     if eqn.primitive.name in _WHOLE:
         return _WHOLE[eqn.primitive.name](step, keep, args)
@@ -113,26 +113,6 @@ def keep_of_axes(kept: Iterable[tuple[Axis, np.ndarray | None]]) -> dict[Axis, n
         if not np.array_equal(left, right):
             raise Incompatible
     return keep
-
-
-def bind_as_is(eqn: JaxprEqn, args: Sequence[Any]) -> Sequence[Any]:
-    """Evaluate an equation at full size, whatever it is."""
-    inner = [p for p in jax.tree.leaves(list(eqn.params.values())) if programs.is_program(p)]
-    if not inner:
-        out = eqn.primitive.bind(*args, **eqn.params)
-        return out if eqn.primitive.multiple_results else [out]
-    # What has programs inside is bound by JAX itself, as the one equation of a program.
-    given = list(zip(eqn.invars, args, strict=True))
-    values = {var: x for var, x in given if not isinstance(var, Literal)}
-    outvars = [Var(var.aval) for var in eqn.outvars]  # a result that is not used has no name
-    program = programs.opened(inner[0]).replace(
-        constvars=[],
-        invars=list(values),
-        outvars=outvars,
-        eqns=[eqn.replace(outvars=outvars)],
-        effects=eqn.effects,
-    )
-    return jaxpr_as_fun(programs.ClosedJaxpr(program, ()))(*values.values())
 
 
 # Inner programs.
@@ -219,7 +199,7 @@ def _of_some(
         whole = list(args)
         for i, x in zip(inputs, xs, strict=True):
             whole[i] = x
-        outs = bind_as_is(eqn, whole)
+        outs = programs.bind(eqn, whole)
         return [outs[i] for i in outputs]
 
     return dense
@@ -248,7 +228,7 @@ def _at_small_size(
 
 def _scan(step: Step, keep: Keep, args: Sequence[Any]) -> Sequence[Any]:
     p = step.eqn.params
-    n, carries = scan_arity(step.eqn)
+    n, carries = programs.scan_arity(step.eqn)
     m = n + carries
 
     def body(carry: Any, xs: Any) -> Any:

@@ -16,9 +16,7 @@ from jax.extend.core import (
     Literal,
 )
 
-from prunax._jaxprs import programs, scan_arity
-from prunax.structured.evaluate import bind_as_is
-from prunax.structured.rules import CALLS, inner_jaxpr
+from prunax._jaxprs import programs
 
 __all__: list[str] = []
 
@@ -127,8 +125,8 @@ def part(
             wants = [given[0] if i == action else False for i in range(2)]
         elif here in opened and eqn.primitive.name == "scan":
             action, wants = _turns(eqn, omissions, opened, given, here)
-        elif here in opened and eqn.primitive.name in CALLS:
-            action = part(inner_jaxpr(eqn), omissions, opened, given, here)
+        elif here in opened and eqn.primitive.name in programs.CALLS:
+            action = part(programs.called(eqn), omissions, opened, given, here)
             wants = list(action.needs)
         for var, need in zip(eqn.invars, wants, strict=True):
             mark(var, need)
@@ -162,7 +160,7 @@ def _turns(
     given: Sequence[Need],
     here: Place,
 ) -> tuple[Turns, list[Need]]:
-    n, m = scan_arity(eqn)
+    n, m = programs.scan_arity(eqn)
     length: int = eqn.params["length"]
     carry, stacked = list(map(_is_needed, given[:m])), list(map(_is_needed, given[m:]))
     constants: list[Need] = [False] * n
@@ -220,7 +218,7 @@ def run(part: Part, args: Sequence[Any]) -> list[Any]:
     for eqn, action in part.steps:
         operands = [read(var) for var in eqn.invars]
         if action is None:
-            outs = bind_as_is(eqn, operands)
+            outs = programs.bind(eqn, operands)
         elif isinstance(action, Turns):
             outs = _run_turns(eqn, action, operands)
         elif isinstance(action, Part):
@@ -240,7 +238,7 @@ def in_the_manner_of(eqn: JaxprEqn, function: Callable[..., Any]) -> Callable[..
 
 
 def _run_turns(eqn: JaxprEqn, turns: Turns, operands: Sequence[Any]) -> list[Any]:
-    n, m = scan_arity(eqn)
+    n, m = programs.scan_arity(eqn)
     constants, carry, stacks = operands[:n], list(operands[n : n + m]), operands[n + m :]
     reverse = eqn.params["reverse"]
     order = list(range(len(turns.parts)))
@@ -355,18 +353,18 @@ def gated(
         here = (*place, n)
         operands = [read(var) for var in eqn.invars]
         if here in kept:
-            (total,) = bind_as_is(eqn, operands)
+            (total,) = programs.bind(eqn, operands)
             stays = operands[kept[here]]
             seen.append(Seen(here, stays, total))
             outs: Sequence[Any] = [jnp.where(gates[here], total, stays)]
         elif here in opened and eqn.primitive.name == "scan":
             outs, inside = _gated_scan(eqn, kept, opened, operands, gates, here)
             seen += inside
-        elif here in opened and eqn.primitive.name in CALLS:
-            outs, inside = gated(inner_jaxpr(eqn), kept, opened, operands, gates, here)
+        elif here in opened and eqn.primitive.name in programs.CALLS:
+            outs, inside = gated(programs.called(eqn), kept, opened, operands, gates, here)
             seen += inside
         else:
-            outs = bind_as_is(eqn, operands)
+            outs = programs.bind(eqn, operands)
         env.update(zip(eqn.outvars, outs, strict=True))
     return [read(var) for var in inner.outvars], seen
 
@@ -379,7 +377,7 @@ def _gated_scan(
     gates: Mapping[Place, Any],
     here: Place,
 ) -> tuple[list[Any], list[Seen]]:
-    n, m = scan_arity(eqn)
+    n, m = programs.scan_arity(eqn)
     mine = {place: gate for place, gate in gates.items() if place[: len(here)] == here}
     places = list(mine)
 

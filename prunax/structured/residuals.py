@@ -14,9 +14,9 @@ from jax.extend.core import (
 )
 
 from prunax import trees
-from prunax._jaxprs import programs, scan_arity
+from prunax._jaxprs import programs
 from prunax.structured.omission import Need, Omission, Place, part, prefixes
-from prunax.structured.rules import CALLS, inner_jaxpr, shape_of
+from prunax.structured.rules import shape_of
 from prunax.structured.walk import source_line
 
 __all__ = ["Branch", "branches"]
@@ -163,8 +163,8 @@ def _additions(
     for n, eqn in enumerate(inner.eqns):
         name, here = eqn.primitive.name, (*place, n)
         operands = [var for var in eqn.invars if not isinstance(var, Literal)]
-        if name in CALLS and not name.startswith("custom"):
-            yield from _additions(inner_jaxpr(eqn), here, loops)
+        if name in programs.CALLS and not name.startswith("custom"):
+            yield from _additions(programs.called(eqn), here, loops)
         elif name == "scan":
             within = (*loops, (here, eqn.params["length"]))
             yield from _additions(eqn.params["jaxpr"], here, within)
@@ -257,7 +257,7 @@ class _Levels:
             outer, eqn = path[depth]
             positions = freed
             if eqn.primitive.name == "scan":
-                n, m = scan_arity(eqn)
+                n, m = programs.scan_arity(eqn)
                 here = addition.place[: depth + 1] == loop
                 if here or rows:
                     # Of one turn: its rows of the stacks; what is there in every turn stays.
@@ -280,7 +280,7 @@ class _Levels:
 def _called(eqn: JaxprEqn) -> Jaxpr | None:
     if eqn.primitive.name == "scan":
         return eqn.params["jaxpr"].jaxpr
-    return inner_jaxpr(eqn).jaxpr if eqn.primitive.name in CALLS else None
+    return programs.called(eqn).jaxpr if eqn.primitive.name in programs.CALLS else None
 
 
 def _named(

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from jax.extend.core import JaxprEqn
 
-from prunax._jaxprs import programs, scan_arity
+from prunax._jaxprs import programs
 from prunax.structured import axes
 from prunax.structured.axes import Axis, Incompatible
 from prunax.structured.walk import Rule, Value, View, Walk, shape_of
@@ -41,12 +41,6 @@ REDUCTIONS = frozenset(
 # Every place along the axis has a meaning that depends on the places before it.
 ALONG_AXIS = frozenset("cumsum cumprod cummax cummin cumlogsumexp".split())
 WINDOWS = frozenset("reduce_window reduce_window_max reduce_window_min reduce_window_sum".split())
-CALLS = frozenset(
-    """
-    jit pjit closed_call core_call remat remat2 checkpoint custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr
-    custom_vmap_call composite
-    """.split()
-)
 SCATTERS = (
     " ".join(f"scatter-{kind} scatter_{kind}" for kind in ("add", "sub", "mul", "min", "max"))
     + " scatter"
@@ -63,13 +57,6 @@ def _rule(*names: str) -> Callable[[Rule], Rule]:
         return rule
 
     return register
-
-
-def inner_jaxpr(eqn: JaxprEqn) -> programs.ClosedJaxpr:
-    """The program that a call-like primitive calls."""
-    names = (name for name in ("jaxpr", "call_jaxpr", "fun_jaxpr", "call") if name in eqn.params)
-    jaxpr = eqn.params[next(names)]
-    return jaxpr if isinstance(jaxpr, programs.ClosedJaxpr) else programs.ClosedJaxpr(jaxpr, ())
 
 
 def _combine(walk: Walk, values: Sequence[Value]) -> Views:
@@ -94,15 +81,15 @@ def _identities(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[Views]:
     return [value.views for value in ins]
 
 
-@_rule(*CALLS)
+@_rule(*programs.CALLS)
 def _call(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> Sequence[Value]:
-    return walk.call(inner_jaxpr(eqn), ins).outs
+    return walk.call(programs.called(eqn), ins).outs
 
 
 @_rule("scan")
 def _scan(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[Any]:
     """The body's carry has the same axes in every iteration; what is stacked has one more, that of the iterations."""
-    n, carries = scan_arity(eqn)
+    n, carries = programs.scan_arity(eqn)
     m = n + carries
     why = "`scan` takes one step for each of its units"
     for value in ins[m:]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jax.extend.core import Literal
 
-from prunax.structured.rules import CALLS
+from prunax._jaxprs import programs
 from prunax.structured.walk import Trace, shape_of
 
 __all__: list[str] = []
@@ -50,7 +50,7 @@ def _run(trace: Trace, ins: Sequence[float | None], found: set[float]) -> list[f
     for step in trace.steps:
         eqn, name = step.eqn, step.eqn.primitive.name
         values = [read(var) for var in eqn.invars]
-        if name in CALLS:
+        if name in programs.CALLS:
             known.update(zip(eqn.outvars, _run(step.inner[0], values, found), strict=True))
             continue
         for inner in step.inner:

@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.extend.core import JaxprEqn, Literal
 
-from prunax._jaxprs import scan_arity
+from prunax._jaxprs import programs
 from prunax.structured import axes
 from prunax.structured.axes import Axis
 from prunax.structured.rules import (
     ALONG_AXIS,
-    CALLS,
     COLLECTIVES,
     REDUCTIONS,
     SCATTERS,
@@ -102,7 +101,7 @@ def _run(trace: Trace, ins: Sequence[Zero], live: Zero, found: Remains) -> list[
 
 def _step(step: Step, zero: list[Zero], live: Zero, found: Remains) -> list[Zero]:
     eqn, name = step.eqn, step.eqn.primitive.name
-    if name in CALLS:
+    if name in programs.CALLS:
         return _run(step.inner[0], zero, live, found)
     if name == "scan":
         return _scan(step, zero, live, found)
@@ -207,7 +206,7 @@ def _contracted_twice(step: Step, live: Zero) -> Zero:
 
 
 def _scan(step: Step, zero: list[Zero], live: Zero, found: Remains) -> list[Zero]:
-    n, m = scan_arity(step.eqn)
+    n, m = programs.scan_arity(step.eqn)
 
     def turn(carry: list[Zero], found: Remains) -> list[Zero]:
         return _run(step.inner[0], [*zero[:n], *carry, *zero[n + m :]], live, found)

@@ -1,7 +1,7 @@
 """Statistics of layer inputs, and what follows from them without pruning anything yet."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import jax
@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from prunax import trees
-from prunax.calibration import stages
+from prunax.calibration import solver
+from prunax.calibration._problems import Problem
+from prunax.calibration._running import Task, layers_of, run
 
 __all__ = ["input_statistics"]
 
@@ -22,7 +24,7 @@ def input_statistics(
     batches: Iterable[Any],
     *,
     kind: Literal["norm", "gram"] = "norm",
-    where: trees.Where = trees.is_kernel,
+    where: trees.Where | None = None,
     progress: bool = False,
 ) -> PyTree:
     r"""Gather statistics of the inputs that each weight matrix meets, over all rows of all batches.
@@ -33,7 +35,7 @@ def input_statistics(
         batches: What `fn` takes as its second argument, any number of them.
         kind: ``"norm"`` for the L2 norm of each input, :math:`\|x_i\|_2`; ``"gram"`` for the Gram matrix
             :math:`X^T X`, whose diagonal is the norms squared.
-        where: ``where(path, leaf) -> bool`` chooses the leaves.
+        where: ``where(path, leaf) -> bool`` chooses the leaves; left out, as for `prune_layers`.
         progress: Show a progress bar.
 
     Returns:
@@ -61,56 +63,42 @@ def input_statistics(
         >>> prunax.calibration.input_statistics(fn, params, batches, kind="gram")["kernel"].tolist()
         [[25.0, 3.0], [3.0, 1.0]]
     """
-    statistics = {"norm": stages.squares, "gram": stages.gram}
+    statistics = {"norm": solver.squares, "gram": solver.gram}
     if kind not in statistics:
         raise ValueError(f'input_statistics: kind must be "norm" or "gram", got {kind!r}.')
-    found: dict[int, list[stages.Task]] = {}
 
-    def note(tasks: list[stages.Task]) -> list[None]:
+    def note(tasks: list[Task]) -> Iterator[tuple[None, Any]]:
         for task in tasks:
-            found.setdefault(task.problem.leaf, []).append(task._replace(weights=None))
-        return [None] * len(tasks)
+            yield None, task.statistic
 
-    stages.walk(
-        "input_statistics",
-        fn,
-        params,
-        batches,
-        statistics[kind],
-        note,
-        where=where,
-        progress=progress,
-    )
-    chosen = trees.select(params, where)
-    own = [
-        _join(kind, found[n], leaf.shape) if n in found else jnp.zeros(())
-        for n, leaf in enumerate(chosen.leaves)
-    ]
-    return chosen.put(own, jax.tree.map(lambda _: jnp.zeros(()), params))
+    layers = layers_of("input_statistics", fn, params, batches, where)
+    _, totals = run(layers, statistics[kind], note, progress=progress)
+    own: list[Any] = []
+    for n, leaf in enumerate(layers.selection.leaves):
+        pairs = zip(layers.problems, totals, strict=True)
+        found = sorted((x for x in pairs if x[0].leaf == n), key=lambda x: x[0].weight.picks)
+        join = _norms if kind == "norm" else _grams
+        own.append(join(found, leaf.shape) if found else jnp.zeros(()))
+    return layers.selection.put(own, jax.tree.map(lambda _: jnp.zeros(()), params))
 
 
-def _join(kind: str, tasks: list[stages.Task], shape: tuple[int, ...]) -> Any:
-    tasks = sorted(tasks, key=lambda task: task.problem.view.picks)
-    if kind == "norm":
-        return _norms(tasks, shape)
-    grams = [
-        task.statistic if task.problem.layout.is_batched else task.statistic[0] for task in tasks
-    ]
-    if len(tasks) == 1 and not tasks[0].problem.view.picks:
+def _grams(found: list[tuple[Problem, Any]], shape: tuple[int, ...]) -> Any:
+    grams = [total if p.layout.is_batched else total[0] for p, total in found]
+    if len(found) == 1 and not found[0][0].weight.picks:
         return grams[0]
     if len({g.shape for g in grams}) > 1:
         return tuple(grams)
     stacked = jnp.stack(grams)
-    picked = shape[: len(tasks[0].problem.view.picks)]
-    fits = int(np.prod(picked)) == len(tasks)
+    picked = shape[: len(found[0][0].weight.picks)]
+    fits = int(np.prod(picked)) == len(found)
     return stacked.reshape(*picked, *stacked.shape[1:]) if fits else stacked
 
 
-def _norms(tasks: list[stages.Task], shape: tuple[int, ...]) -> jax.Array:
-    norms = jnp.zeros(shape, tasks[0].statistic.dtype)
+def _norms(found: list[tuple[Problem, Any]], shape: tuple[int, ...]) -> jax.Array:
+    norms = jnp.zeros(shape, found[0][1].dtype)
     of_outputs = set(range(len(shape)))
-    shared = len({id(task.statistic) for task in tasks}) == 1
-    for problem, _, total in tasks:
+    shared = len({id(total) for _, total in found}) == 1
+    for problem, total in found:
         norms = problem.write(norms, _widen(total, problem.shape))
         coordinates = np.unravel_index(problem.places(shape)[:, :, 0].reshape(-1), shape)
         of_outputs &= {

@@ -10,6 +10,7 @@ import numpy as np
 
 from prunax import _counts, trees
 from prunax import allocation as allocations
+from prunax.calibration._scores import wanda_scores
 
 __all__ = ["outlier_allocation"]
 
@@ -23,7 +24,7 @@ def outlier_allocation(
     threshold: float = 5.0,
     spread: float = 0.08,
     group: Callable[[str], str] = str,
-    where: trees.Where = trees.is_kernel,
+    where: trees.Where | None = None,
 ) -> "Outliers":
     r"""Share out the sparsity so that layers with more outliers stay denser.
 
@@ -37,10 +38,10 @@ def outlier_allocation(
         spread: Densities differ by at most twice this.
         group: Maps a path to the name of a group whose leaves get one sparsity: the blocks of a transformer, in the
             paper. Each leaf is a group of its own where left out.
-        where: ``where(path, leaf) -> bool`` chooses the leaves.
+        where: ``where(path, leaf) -> bool`` chooses the leaves; left out, all that have statistics.
 
     Returns:
-        An allocation, for `wanda`, `sparsegpt`, `admm`, or `prunax.compute_masks`.
+        An allocation, for `prune_layers` with any method, or `prunax.compute_masks`.
 
     Raises:
         ValueError: If the statistics are not like the params, or there are none.
@@ -59,7 +60,7 @@ def outlier_allocation(
         Yin et al., Outlier Weighed Layerwise Sparsity (OWL), 2024, arXiv:2310.05175, section 3. Here the overall
         sparsity is that of all weights, not the mean of the layers'.
     """
-    chosen = trees.select(params, where)
+    chosen = trees.select(params, where or (lambda path, leaf: True))
     norms = chosen.take("outlier_allocation", "statistics", statistics)
     shares: dict[str, list[float]] = {}
     for path, leaf, norm in zip(chosen.paths, chosen.leaves, norms, strict=True):
@@ -79,11 +80,10 @@ def outlier_allocation(
 
 @jax.jit
 def _share(leaf: jax.Array, norm: jax.Array, threshold: Any) -> jax.Array:
-    dtype = trees.wide_dtype(leaf.dtype, norm.dtype)
-    scores = jnp.abs(leaf.astype(dtype)) * norm.astype(dtype)
+    scores = wanda_scores(leaf, norm)
     # Counted in integers: a float32 holds no more than 2**24 of them exactly.
     outliers = jnp.sum(scores > threshold * jnp.mean(scores), dtype=jnp.uint32)
-    return outliers.astype(dtype) / leaf.size
+    return outliers.astype(scores.dtype) / leaf.size
 
 
 @dataclass(frozen=True)
