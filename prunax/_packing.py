@@ -2,11 +2,14 @@
 
 Eight neighbours along the packing axis share a byte, the first in the lowest bit. The packing axis is not the minor one
 where that can be helped: the other axes stay contiguous, so that XLA vectorises the shifts and fuses them into whatever
-reads the mask. Where the array is sharded along the packing axis, so are the bytes, and nothing moves.
+reads the mask. Where the array is sharded along the packing axis, so are the bytes, and nothing moves, if what a device
+holds is a multiple of eight; else bytes are whole along that axis.
 """
 
 import jax
 import jax.numpy as jnp
+
+from prunax import _meshes
 
 __all__ = ["pack", "packed_shape", "unpack"]
 
@@ -51,11 +54,16 @@ def pack(mask: jax.Array) -> jax.Array:
     if not mask.shape:
         return mask
     axis = _axis(mask.shape)
+    if mask.shape[axis] % (8 * _meshes.shards(mask)[axis]):
+        mask = _meshes.gather(mask, [axis])
     rows = packed_shape(mask.shape)[axis]
     if rows * 8 != mask.shape[axis]:
         widths = [(0, 8 * rows - n if a == axis else 0) for a, n in enumerate(mask.shape)]
         mask = jnp.pad(mask, widths)
-    groups = mask.reshape((*mask.shape[:axis], rows, 8, *mask.shape[axis + 1 :]))
+    shape = (*mask.shape[:axis], rows, 8, *mask.shape[axis + 1 :])
+    axes = (*range(axis + 1), -1, *range(axis + 1, mask.ndim))
+    divided = _meshes.split(_meshes.sharding_of(mask), axes)
+    groups = jax.lax.reshape(mask, shape, out_sharding=divided)
     bits = groups.astype(jnp.uint8) << _bits(groups.ndim, axis + 1)
     return jnp.sum(bits, axis=axis + 1, dtype=jnp.uint8)
 
@@ -81,7 +89,11 @@ def unpack(packed: jax.Array, shape: Shape) -> jax.Array:
     axis = _axis(shape)
     groups = jnp.expand_dims(packed, axis + 1)
     groups = (groups >> _bits(groups.ndim, axis + 1)) & jnp.uint8(1)
-    merged = groups.reshape((*shape[:axis], 8 * packed.shape[axis], *shape[axis + 1 :]))
+    merged = jax.lax.reshape(
+        groups,
+        (*shape[:axis], 8 * packed.shape[axis], *shape[axis + 1 :]),
+        out_sharding=_meshes.sharding_of(packed),
+    )
     return jax.lax.slice_in_dim(merged, 0, shape[axis], axis=axis).astype(jnp.bool_)
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prunax import _counts, schedules, trees
+from prunax import _counts, _meshes, schedules, trees
 
 __all__ = [
     "Allocation",
@@ -127,7 +127,8 @@ def lamp(leaves: Sequence[Leaf], sparsity: chex.Numeric) -> Allocation:
     .. math:: \mathrm{lamp}(u) = \frac{w_u^2}{\sum_{v : |w_v| \ge |w_u|} w_v^2}
 
     A leaf's largest unit scores 1, so at least one weight a leaf is kept as long as there is one to keep for each. The
-    given scores stand in for |w|. Rescaling sorts each leaf (on sharded leaves this gathers them).
+    given scores stand in for |w|. Rescaling sorts each leaf, and so needs it whole: a sharded one is gathered on every
+    device, one leaf after the other where the call is not compiled, and the scores are sharded again.
 
     Args:
         leaves: The prunable leaves.
@@ -308,7 +309,8 @@ def _unit_rms(scores: jax.Array) -> jax.Array:
 
 
 def _lamp_scores(scores: jax.Array) -> jax.Array:
-    x = jnp.abs(scores.astype(trees.wide_dtype(scores.dtype))).reshape(-1)
+    whole = _meshes.gather(scores)
+    x = jnp.abs(whole.astype(trees.wide_dtype(scores.dtype))).reshape(-1)
     # NaN counts as nothing here and ranks lowest in the end. Next to an infinite score finite ones are as nothing too.
     # Divided by a power of two near the largest, no square overflows and no score changes by rounding.
     numbers = jnp.where(jnp.isnan(x), 0, x)
@@ -322,4 +324,5 @@ def _lamp_scores(scores: jax.Array) -> jax.Array:
     total = jnp.cumsum(ranked)
     ranked = jnp.where(total > 0, ranked / jnp.where(total > 0, total, 1), 0)
     lamp_scores = jnp.zeros_like(square).at[order].set(ranked)
-    return jnp.where(jnp.isnan(x), jnp.nan, lamp_scores).reshape(scores.shape)
+    lamp_scores = jnp.where(jnp.isnan(x), jnp.nan, lamp_scores).reshape(scores.shape)
+    return _meshes.shard_like(lamp_scores, scores)

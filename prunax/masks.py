@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from prunax import _counts, _selection, patterns, schedules, trees
+from prunax import _counts, _meshes, _selection, patterns, schedules, trees
 from prunax import allocation as allocations
 
 __all__ = ["apply_masks", "compute_masks", "straight_through"]
@@ -91,7 +91,7 @@ def compute_masks(
     patterns.check_shards("compute_masks", pattern, chosen)
 
     if threshold is not None:
-        kept = _above_threshold(score_leaves, threshold, pattern=pattern)
+        kept = [_above_threshold(score, threshold, pattern=pattern) for score in score_leaves]
     else:
         pools = plan(chosen.shapes, sparsity, allocation=allocation, pattern=pattern)
         if scores is None:  # absolute values are taken within each read, and not stored
@@ -106,14 +106,7 @@ def compute_masks(
                 f"compute_masks: the scores of {', '.join(map(repr, bad))} contain NaN, which cannot be ranked. "
                 f"Look for the step that made them, or replace them with jnp.nan_to_num."
             )
-    if not trees.is_traced(*kept, *chosen.leaves):
-        kept = [
-            # On a mesh whose axes are automatic, the masks of pooled units may come out spread otherwise.
-            jax.device_put(mask, leaf.sharding)
-            if isinstance(leaf, jax.Array) and mask.sharding != leaf.sharding
-            else mask
-            for mask, leaf in zip(kept, chosen.leaves, strict=True)
-        ]
+    kept = [_meshes.shard_like(mask, leaf) for mask, leaf in zip(kept, chosen.leaves, strict=True)]
     # A buffer for each scalar, so that the tree can be donated.
     return chosen.put(kept, jax.tree.map(lambda _: trees.keep_all(), params))
 
@@ -261,8 +254,9 @@ def select_masks(
     budgets = [_counts.as_count(budget) for budget in budgets]
     if pattern == patterns.Unstructured() and rescale is None:
         return _selection.keep_largest(scores, pools, budgets)
+    # Leaf by leaf, since leaves may be bound to different devices.
     if pattern.compare_axis is None:
-        units = _unit_scores(list(scores), pattern=pattern, rescale=rescale)
+        units = [_unit_scores(score, pattern=pattern, rescale=rescale) for score in scores]
         kept = _selection.keep_largest(units, pools, budgets)
     else:
         kept = [jnp.ones(pattern.unit_shape(s.shape), jnp.bool_) for s in map(_shaped, scores)]
@@ -270,15 +264,13 @@ def select_masks(
             # A slice is shorter than 2**32.
             units = _rearranged(scores[i], pattern)
             kept[i] = _selection.keep_largest_along(units, pattern.compare_axis, budget.low)
-    return _expanded(kept, list(scores), pattern=pattern)
+    return [_expanded(k, score, pattern=pattern) for k, score in zip(kept, scores, strict=True)]
 
 
 @functools.partial(jax.jit, static_argnames=("pattern", "rescale"))
-def _unit_scores(
-    scores: list[Score], *, pattern: patterns.Pattern, rescale: Any
-) -> list[jax.Array]:
-    units = [pattern.pool(_selection.value_of(s)) for s in scores]
-    return units if rescale is None else [rescale(u) for u in units]
+def _unit_scores(score: Score, *, pattern: patterns.Pattern, rescale: Any) -> jax.Array:
+    units = pattern.pool(_selection.value_of(score))
+    return units if rescale is None else rescale(units)
 
 
 def _shaped(score: Score) -> jax.ShapeDtypeStruct:
@@ -292,25 +284,14 @@ def _rearranged(score: Score, pattern: patterns.Pattern) -> Score:
 
 
 @functools.partial(jax.jit, static_argnames="pattern")
-def _expanded(
-    kept: list[jax.Array], scores: list[Score], *, pattern: patterns.Pattern
-) -> list[jax.Array]:
-    leaves = [_selection.value_of(s) for s in scores]
-    masks = [pattern.expand(k, leaf.shape) for k, leaf in zip(kept, leaves, strict=True)]
-    return [_shard_like(m, leaf) for m, leaf in zip(masks, leaves, strict=True)]
+def _expanded(kept: jax.Array, score: Score, *, pattern: patterns.Pattern) -> jax.Array:
+    leaf = _selection.value_of(score)
+    return _meshes.shard_like(pattern.expand(kept, leaf.shape), leaf)
 
 
 @jax.jit
 def _has_nan(score: Score) -> jax.Array:
     return jnp.any(jnp.isnan(_selection.value_of(score)))
-
-
-def _shard_like(mask: jax.Array, leaf: jax.Array) -> jax.Array:
-    """Give a mask its leaf's sharding, where that is part of the type: masks of pooled units have less of it."""
-    wanted = jax.typeof(leaf).sharding
-    if jax.typeof(mask).sharding == wanted or all(axis is None for axis in wanted.spec):
-        return mask
-    return jax.sharding.reshard(mask, wanted)
 
 
 def _slice_budget(pattern: patterns.Pattern, sparsity: Any, length: int, path: str) -> Any:
@@ -331,19 +312,16 @@ def _slice_budget(pattern: patterns.Pattern, sparsity: Any, length: int, path: s
 
 @functools.partial(jax.jit, static_argnames="pattern")
 def _above_threshold(
-    leaves: list[jax.Array], threshold: jax.Array, *, pattern: patterns.Pattern
-) -> list[jax.Array]:
-    def keep(score: jax.Array) -> jax.Array:
-        units = pattern.pool(jnp.abs(score))
-        # At least in float32: rounded to a narrow dtype the threshold would swallow scores next to it.
-        dtype = trees.wide_dtype(units.dtype)
-        # By their bits, as everywhere: compared as floats, a backend may take denormal numbers for zeros.
-        kept = _selection.sort_keys(units.astype(dtype)) > _selection.sort_keys(
-            jnp.asarray(threshold, dtype)
-        )
-        return pattern.expand(kept, score.shape)
-
-    return [keep(s) for s in leaves]
+    score: jax.Array, threshold: jax.Array, *, pattern: patterns.Pattern
+) -> jax.Array:
+    units = pattern.pool(jnp.abs(score))
+    # At least in float32: rounded to a narrow dtype the threshold would swallow scores next to it.
+    dtype = trees.wide_dtype(units.dtype)
+    # By their bits, as everywhere: compared as floats, a backend may take denormal numbers for zeros.
+    kept = _selection.sort_keys(units.astype(dtype)) > _selection.sort_keys(
+        jnp.asarray(threshold, dtype)
+    )
+    return _meshes.shard_like(pattern.expand(kept, score.shape), score)
 
 
 def _check_request(

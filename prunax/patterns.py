@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prunax import trees
+from prunax import _meshes, trees
 
 __all__ = ["NM", "Block", "Channel", "ConstantFanIn", "Pattern", "Unstructured"]
 
@@ -98,7 +98,8 @@ class ConstantFanIn:
         axis: The reduction axis: -2 for a Flax kernel ``(..., in, out)``, -1 for one stored as ``(out, in)`` (PyTorch,
             Equinox). Each slice of length n along it loses ``round(sparsity * n)`` weights. For a convolution
             ``(height, width, in, out)`` pass ``(-4, -3, -2)``: one contest for each output channel over its whole
-            window.
+            window. Where several are given and the array's type says that one after the first is sharded, scores are
+            gathered along it.
 
     Examples:
         >>> import jax.numpy as jnp, prunax
@@ -146,6 +147,7 @@ class ConstantFanIn:
 
     def pool(self, scores: jax.Array) -> jax.Array:
         axes = self._axes(scores.ndim)
+        scores = _meshes.gather(scores, axes[1:])  # merged, only the first axis could stay divided
         moved = jnp.moveaxis(scores, axes, range(scores.ndim - len(axes), scores.ndim))
         return moved.reshape(self.unit_shape(scores.shape)) if len(axes) > 1 else moved
 
@@ -384,7 +386,7 @@ def check_shards(function: str, pattern: Pattern, chosen: trees.Selection) -> No
     """
     for path, leaf in zip(chosen.paths, chosen.leaves, strict=True):
         shape, tile = jnp.shape(leaf), pattern.tile(jnp.ndim(leaf))
-        for axis, (n, parts) in enumerate(zip(shape, trees.shards(leaf), strict=True)):
+        for axis, (n, parts) in enumerate(zip(shape, _meshes.shards(leaf), strict=True)):
             if parts > 1 and n // parts % tile[axis]:
                 raise ValueError(
                     f"{function}: {pattern} takes {tile[axis]} neighbours along axis {axis} together, and the sharding "

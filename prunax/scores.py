@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from prunax import trees
+from prunax import _meshes, trees
 
 __all__ = [
     "Score",
@@ -197,9 +197,19 @@ def random(params: PyTree, grads: PyTree | None = None, *, key: jax.Array) -> Py
     leaves, treedef = jax.tree.flatten(params)
     keys = jax.random.split(key, max(len(leaves), 1))
     return treedef.unflatten(
-        jax.random.uniform(k, leaf.shape) if _is_float(leaf) else _no_score()
+        _uniform_like(k, leaf) if _is_float(leaf) else _no_score()
         for k, leaf in zip(keys, leaves, strict=False)
     )
+
+
+@jax.jit
+def _uniform_like(key: jax.Array, leaf: jax.Array) -> jax.Array:
+    """Where the leaf lies; which numbers does not depend on that."""
+    drawn = jax.random.uniform(key, leaf.shape)
+    if _meshes.sharding_of(leaf) is None:
+        return drawn
+    # jit has to see that the leaf is used, or it would not know the mesh's devices.
+    return _meshes.shard_like(jax.lax.optimization_barrier((drawn, leaf))[0], leaf)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ Every path in prunax is spelled here, once: ``encoder/0/kernel``.
 """
 
 import inspect
-import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -156,15 +155,6 @@ def is_array(leaf: Any) -> bool:
 def has_zero(dtype: Any) -> bool:
     """Say whether a floating-point dtype can hold 0: one of scales (float8_e8m0fnu) cannot."""
     return not np.asarray(0, dtype).astype(np.complex64)
-
-
-def shards(leaf: Any) -> tuple[int, ...]:
-    """Say in how many parts each axis of an array is, as far as its type tells: on meshes of explicit axes."""
-    aval = jax.typeof(leaf) if isinstance(leaf, jax.Array) else leaf
-    spec = getattr(getattr(aval, "sharding", None), "spec", None) or ()
-    names = [(part,) if isinstance(part, str) else tuple(part or ()) for part in spec]
-    names += [()] * (len(leaf.shape) - len(names))
-    return tuple(math.prod(aval.sharding.mesh.shape[n] for n in part) for part in names)
 
 
 def wide_dtype(*dtypes: Any) -> Any:

@@ -13,6 +13,7 @@ LAYERS = [
     {"_leaf_names", "_modules"},
     {"trees"},
     {
+        "_meshes",
         "_counts",
         "scores",
         "patterns",

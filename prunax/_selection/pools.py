@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from prunax import trees
+from prunax import _meshes, trees
 from prunax._counts import (
     WIDE,
     Count,
@@ -24,7 +24,7 @@ from prunax._counts import (
     where,
 )
 from prunax._selection.keys import largest_key
-from prunax._selection.reading import Leaf, Score, count_before, describe, write_mask
+from prunax._selection.reading import Leaf, Score, count_before, describe, value_of, write_mask
 from prunax._selection.search import Bracket, cut, of_leaves, pool_totals, search, settle, start
 
 __all__ = ["keep_largest"]
@@ -69,9 +69,12 @@ def keep_largest(
     scores = [s if isinstance(s, Partial) else jnp.asarray(s) for s in scores]
     pools = tuple(tuple(map(int, pool)) for pool in pools)
     order = [i for pool in pools for i in pool]
-    concrete = not trees.is_traced(*jax.tree.leaves((scores, num_pruned)))
-    if concrete and len(order) > _HOST_LOOP:
-        return _keep_largest(scores, pools, num_pruned, on_host=True)
+    arrays = jax.tree.leaves((scores, num_pruned))
+    if not trees.is_traced(*arrays):
+        # Arrays bound to different devices cannot meet in one compiled function; only their counts do, on the host.
+        apart = len({_meshes.devices(x) for x in arrays} - {()}) > 1
+        if apart or len(order) > _HOST_LOOP:
+            return _keep_largest(scores, pools, num_pruned, on_host=True)
     return _keep_largest_jit(scores, pools, num_pruned, False)
 
 
@@ -79,25 +82,39 @@ def _keep_largest(
     scores: Sequence[Score], pools: Pools, num_pruned: Sequence[Count], on_host: bool
 ) -> list[Array]:
     order = [i for pool in pools for i in pool]
-    masks: list[Any] = [
-        None if i in order else jnp.ones(describe(s).shape, bool) for i, s in enumerate(scores)
-    ]
-    nonempty = [p for p, pool in enumerate(pools) if pool]
-    if not nonempty:
-        return masks
-    leaves = []
-    for pool in pools:
-        found = [describe(scores[i]) for i in pool]
-        leaves += [
-            leaf._replace(dtype=_pool_dtype([leaf.dtype for leaf in found])) for leaf in found
-        ]
-    owner = tuple(nonempty.index(p) for p in nonempty for _ in pools[p])
-    num_pruned = [num_pruned[p] for p in nonempty]
-    scores = [scores[i] for i in order]
-    table = _thresholds(tuple(leaves), owner, scores, num_pruned, on_host)
-    for n, i in enumerate(order):
-        masks[i] = write_mask(leaves[n], scores[n], table, np.arange(2 * n, 2 * n + 2))
+    masks: list[Any] = [None if i in order else _all_kept(s) for i, s in enumerate(scores)]
+    groups: dict[Any, list[int]] = {}
+    for p, pool in enumerate(pools):
+        if pool:
+            groups.setdefault(_kinds([scores[i] for i in pool]), []).append(p)
+    for members in groups.values():
+        leaves = []
+        for p in members:
+            found = [describe(scores[i]) for i in pools[p]]
+            dtype = _pool_dtype([leaf.dtype for leaf in found])
+            leaves += [leaf._replace(dtype=dtype) for leaf in found]
+        order = [i for p in members for i in pools[p]]
+        owner = tuple(n for n, p in enumerate(members) for _ in pools[p])
+        ranked, budgets = [scores[i] for i in order], [num_pruned[p] for p in members]
+        table = _thresholds(tuple(leaves), owner, ranked, budgets, on_host)
+        for n, i in enumerate(order):
+            masks[i] = write_mask(leaves[n], ranked[n], table, np.arange(2 * n, 2 * n + 2))
     return masks
+
+
+@jax.jit
+def _all_kept(score: Score) -> Array:
+    return jnp.ones_like(value_of(score), dtype=jnp.bool_)
+
+
+def _kinds(scores: Sequence[Score]) -> Any:
+    """What pools must have in common to be searched together, in loops that carry thresholds of all.
+
+    In `jax.shard_map` the mask of an array that all devices share would otherwise vary like the others' thresholds.
+    """
+    if not trees.is_traced(*jax.tree.leaves(scores)):
+        return None
+    return frozenset(_meshes.kind(x) for x in jax.tree.leaves(scores))
 
 
 _keep_largest_jit = jax.jit(_keep_largest, static_argnums=(1, 3))
@@ -119,17 +136,24 @@ def _thresholds(
     scores: Sequence[Score],
     num_pruned: Sequence[Count],
     on_host: bool,
-) -> Array:
+) -> Any:
     """`[L, 2]`: of each leaf the threshold key, and the flat index before which keys equal to it are kept."""
 
     def count(row_of: Callable[[int], int], table: Array, asked: Sequence[int]) -> list[Number]:
         width = table.shape[1]
-        return [
+        counts = [
             count_before(leaves[n], scores[n], table, np.arange(width) + width * row_of(n))
             for n in asked
         ]
+        # Counts of arrays on several explicit meshes meet on the first array's.
+        return [
+            jax.tree.map(lambda c: _meshes.move_to(c, home), c) if not on_host else c
+            for c in counts
+        ]
 
+    home = jax.tree.leaves(scores)[0]
     of_pool = functools.partial(count, lambda n: owner[n])
+    num_pruned = _meshes.vary_like(num_pruned, scores, num_pruned)
     target, bracket = _first_bracket(leaves, owner, num_pruned)
     stride = _sample_stride(leaves, owner)
     if stride is not None:
@@ -140,17 +164,15 @@ def _thresholds(
         bracket = bracket._replace(pivots=_sampled_pivots(owner, samples, target, bracket))
     bracket = search(owner, target, bracket, of_pool, on_host)
     threshold, share, bracket = _tie_bracket(leaves, owner, target, bracket)
+    xp, column = (np, np.asarray(threshold)) if on_host else (jnp, threshold)
 
     def of_ties(pivots: Array, asked: Sequence[int]) -> list[Number]:
-        return count(lambda n: n, _append(pivots, threshold), asked)
+        table = xp.concatenate([pivots.astype(column.dtype), column[:, None]], axis=1)
+        return count(lambda n: n, table, asked)
 
     bracket = search(tuple(range(len(leaves))), share, bracket, of_ties, on_host)
-    return _cuts(threshold, share, bracket)
-
-
-@jax.jit
-def _append(pivots: Array, threshold: Array) -> Array:
-    return jnp.concatenate([pivots.astype(threshold.dtype), threshold[:, None]], axis=1)
+    cuts = _cuts(threshold, share, bracket)
+    return np.asarray(cuts) if on_host else cuts
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

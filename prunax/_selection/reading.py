@@ -6,16 +6,16 @@ Each is one fused pass over the array, which stays where it is: not flattened, n
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding
 from jax.tree_util import Partial
 
-from prunax import trees
+from prunax import _meshes
 from prunax._counts import WIDE, Number, exact_sum
 from prunax._selection.keys import rank_keys
 
@@ -50,7 +50,9 @@ class Leaf(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: np.dtype  # of its pool: one of several float types is ranked in the widest
-    spec: tuple[Any, ...]  # partitioning that the array's type tells (explicit sharding), or ()
+    sharding: (
+        NamedSharding | None
+    )  # that the array's type tells (explicit sharding), if it is divided
     shards: tuple[int, ...]  # by axis, in how many parts the type says it is
     local: bool  # surely on one device, so that reshaping moves nothing
 
@@ -68,12 +70,17 @@ class Leaf(NamedTuple):
 
     def reshape(self, score: Score, shape: tuple[int, ...]) -> Score:
         """View the array, or the operands of its function, in a shape of its `grid`."""
-        names = tuple(part for axis in self.spec for part in (axis, None))
-        sharding = PartitionSpec(*names) if any(self.spec) else None
+        sharding = self.grid_sharding
         return jax.tree.map(
             lambda x: lax.reshape(x, shape, out_sharding=sharding) if x.shape == self.shape else x,
             score,
         )
+
+    @property
+    def grid_sharding(self) -> NamedSharding | None:
+        """How an array of the `grid`'s shape is divided: each axis of two in its outer part."""
+        axes = [part for a in range(len(self.shape)) for part in (a, -1)]
+        return _meshes.split(self.sharding, axes)
 
     def grid(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """A shape to read the array in, and the axes of it to reduce before devices talk to each other.
@@ -98,32 +105,39 @@ class Leaf(NamedTuple):
 def describe(score: Score, dtype: np.dtype | None = None) -> Leaf:
     """The static facts about a score array, to be ranked as `dtype` if given."""
     aval = jax.eval_shape(value_of, score)
-    shards = trees.shards(aval)
-    spec = tuple(aval.sharding.spec) if math.prod(shards) > 1 else ()
+    shape = tuple(aval.shape)
     if dtype is None:
         dtype = np.dtype(aval.dtype)
         if dtype.itemsize == 1 and jnp.issubdtype(dtype, jnp.floating):
             # Exact for all of eight bits and fewer, which differ in what infinity and NaN are.
             dtype = np.dtype(jnp.bfloat16)
-    return Leaf(tuple(aval.shape), dtype, spec, shards, jax.device_count() == 1)
+    # Functions are elementwise. (What `eval_shape` gives has lost the sharding on meshes that are partly automatic.)
+    operand = next((x for x in jax.tree.leaves(score) if jnp.shape(x) == shape), aval)
+    sharding, shards = _meshes.sharding_of(operand), _meshes.shards(operand)
+    return Leaf(shape, dtype, sharding, shards, jax.device_count() == 1)
 
 
-def lies_before(shape: tuple[int, ...], cut: Array, zero: Array) -> Array:
-    """Whether each position in an array of this shape comes before the flat index `cut`.
+def lies_before(
+    shape: tuple[int, ...], sharding: NamedSharding | None, cut: Array, zero: Array
+) -> Array:
+    """Whether each position in an array of this shape and sharding comes before the flat index `cut`.
 
     Compares within the last axis, against a cut for each row: one operation a unit.
     """
     if not shape:
         return cut > 0
-    rows, stride = (*shape[:-1], 1), shape[-1]
-    start = jnp.zeros(rows, jnp.uint32)
-    for axis in reversed(range(len(shape) - 1)):
-        start = start + (lax.broadcasted_iota(jnp.uint32, rows, axis) + zero) * np.uint32(stride)
+    minor = len(shape) - 1
+    # Shardings are said, or what is made here would be stored whole on every device.
+    rows, of_rows = shape[:-1], _meshes.split(sharding, range(minor))
+    start, stride = zero, shape[-1]
+    for axis in reversed(range(minor)):
+        index = lax.broadcasted_iota(jnp.uint32, rows, axis, out_sharding=of_rows) + zero
+        start = start + index * np.uint32(stride)
         stride *= shape[axis]
     row_cut = jnp.where(start < cut, cut - start, np.uint32(0))
-    return lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1) < jnp.broadcast_to(
-        row_cut, shape
-    )
+    return lax.broadcasted_iota(
+        jnp.uint32, shape, minor, out_sharding=sharding
+    ) < lax.broadcast_in_dim(row_cut, shape, range(minor), out_sharding=sharding)
 
 
 def _row(table: Array, row: np.ndarray) -> Array:
@@ -147,6 +161,11 @@ def count_hits(hits: Sequence[Array], axes: Sequence[int]) -> list[Array]:
     return [count.astype(jnp.uint32) for count in counts]
 
 
+def _one_of(score: Score) -> Array:
+    """An array of a score: they all lie on one mesh."""
+    return jax.tree.leaves(score)[0]
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def count_before(leaf: Leaf, score: Score, table: Array, row: np.ndarray) -> Number:
     """For each pivot in the row, how many units of the leaf come before it.
@@ -157,18 +176,16 @@ def count_before(leaf: Leaf, score: Score, table: Array, row: np.ndarray) -> Num
     shape, axes = leaf.grid()
     # Reshaped before the barrier: fused into the read it would cost a division a unit.
     score = leaf.reshape(score, shape)
-    score, values, zero = lax.optimization_barrier(
-        (score, _row(table, row), jnp.zeros((), jnp.uint32))
-    )
+    values = _meshes.move_to(_row(table, row), _one_of(score))
+    score, values, zero = lax.optimization_barrier((score, values, jnp.zeros((), jnp.uint32)))
     keys = leaf.keys(score)
     if len(row) == PIVOTS:
         pivots = values.astype(keys.dtype)
         hits = [keys < pivots[j] for j in range(PIVOTS)]
     else:
         tied = keys == values[PIVOTS].astype(keys.dtype)
-        hits = [
-            tied & lies_before(shape, values[j].astype(jnp.uint32), zero) for j in range(PIVOTS)
-        ]
+        cuts = [values[j].astype(jnp.uint32) for j in range(PIVOTS)]
+        hits = [tied & lies_before(shape, leaf.grid_sharding, cut, zero) for cut in cuts]
     counts = jnp.stack(count_hits(hits, axes))
     inner = tuple(range(1, counts.ndim))
     return exact_sum(counts, lambda c: jnp.sum(c, axis=inner, dtype=jnp.uint32), leaf.wide)
@@ -178,9 +195,9 @@ def count_before(leaf: Leaf, score: Score, table: Array, row: np.ndarray) -> Num
 def write_mask(leaf: Leaf, score: Score, table: Array, row: np.ndarray) -> Array:
     """Keeps keys before the threshold, and those equal to it at flat indices before the cut."""
     keys = leaf.keys(score)
-    threshold, cut = _row(table, row)
-    threshold = threshold.astype(keys.dtype)
+    threshold, cut = _meshes.move_to(_row(table, row), _one_of(score))
+    threshold, cut = threshold.astype(keys.dtype), cut.astype(jnp.uint32)
     tied = (keys == threshold) & lies_before(
-        keys.shape, cut.astype(jnp.uint32), jnp.zeros((), jnp.uint32)
+        leaf.shape, leaf.sharding, cut, jnp.zeros((), jnp.uint32)
     )
     return (keys < threshold) | tied

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from prunax import _meshes
 from prunax._counts import Count, Number, exact_sum, less, subtract, to_float, where
 from prunax._selection.reading import PIVOTS
 
@@ -62,7 +63,7 @@ def start(owner: Owner, target: Number, high: Array, upto: Number) -> Bracket:
     bracket = Bracket(
         jnp.zeros_like(high), high, zeros, upto, high > 0, unknown, jnp.full(high.shape, 0), empty
     )
-    return aim(bracket, owner, target)
+    return aim(_meshes.vary_like(bracket, target), owner, target)
 
 
 def _column(x: Array) -> Array:
@@ -185,17 +186,14 @@ def search(
             return _narrow_leaves(owner, target, bracket, count(bracket.pivots, range(len(owner))))
 
         return lax.while_loop(lambda bracket: jnp.any(bracket.is_open), step, bracket)
-    counts = [
-        jax.tree.map(lambda c: np.zeros(PIVOTS, np.uint32), t)
-        for t in [_one(bracket.below)] * len(owner)
-    ]
-    while (is_open := np.asarray(bracket.is_open)).any():
+    unread = jax.tree.map(lambda c: np.zeros(PIVOTS, np.uint32), bracket.below)
+    counts = [unread] * len(owner)
+    while True:
+        is_open, pivots = jax.device_get((bracket.is_open, bracket.pivots))
+        if not is_open.any():
+            return bracket
         asked = [n for n, p in enumerate(owner) if is_open[p]]
-        for n, c in zip(asked, count(bracket.pivots, asked), strict=True):
+        # By way of the host, since the arrays may be bound to different devices.
+        for n, c in zip(asked, jax.device_get(count(pivots, asked)), strict=True):
             counts[n] = c
         bracket = _narrow_leaves(owner, target, bracket, counts)
-    return bracket
-
-
-def _one(number: Number) -> Number:
-    return jax.tree.map(lambda x: x[:1], number)

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding
 
+from prunax import _meshes
 from prunax._selection.keys import largest_key
 from prunax._selection.reading import PIVOTS, Leaf, Score, count_hits, describe
 from prunax._selection.search import Bracket, cut, narrow, settle, start
@@ -44,7 +45,8 @@ def keep_largest_along(scores: Score, axis: int, num_pruned: Any) -> Array:
     leaf = describe(scores)
     axis %= len(leaf.shape)
     kept = jnp.uint32(leaf.shape[axis]) - jnp.asarray(num_pruned).astype(jnp.uint32)
-    if leaf.shape[axis] <= _PAIRWISE:
+    kept = _meshes.vary_like(kept, scores)
+    if leaf.shape[axis] <= _PAIRWISE and leaf.shards[axis] == 1:
         return _rank_pairs(leaf.keys(scores), axis) < kept
     return _search_slices(leaf, scores, axis, kept)
 
@@ -69,8 +71,7 @@ def _search_slices(leaf: Leaf, scores: Score, axis: int, kept: Array) -> Array:
         lambda x: jnp.moveaxis(x, axis, -1) if jnp.shape(x) == leaf.shape else x, scores
     )
     moved = describe(by_slice)
-    shape, spec = _split_minor(moved)
-    sharding = PartitionSpec(*spec) if any(spec) else None
+    shape, sharding = _split_minor(moved)
 
     def split(x: Array) -> Array:
         return lax.reshape(x, shape, out_sharding=sharding) if x.shape == moved.shape else x
@@ -120,7 +121,7 @@ def _search_slices(leaf: Leaf, scores: Score, axis: int, kept: Array) -> Array:
     end = cut(search(share, start(None, share, last, ties), threshold), share)
 
     # Said for each array: with sharding in types, what is broadcast without it is stored whole on every device.
-    whole = PartitionSpec(*leaf.spec) if leaf.spec else None
+    whole = leaf.sharding
     others = [a for a in range(len(leaf.shape)) if a != axis]
     threshold, end = (
         lax.broadcast_in_dim(x, leaf.shape, others, out_sharding=whole) for x in (threshold, end)
@@ -129,7 +130,7 @@ def _search_slices(leaf: Leaf, scores: Score, axis: int, kept: Array) -> Array:
     return (keys < threshold) | ((keys == threshold) & (here < end))
 
 
-def _position(shape: tuple[int, ...], zero: Array, sharding: PartitionSpec | None) -> Array:
+def _position(shape: tuple[int, ...], zero: Array, sharding: NamedSharding | None) -> Array:
     """The flat index within the last two axes."""
     outer, inner = (
         lax.broadcasted_iota(jnp.uint32, shape, len(shape) - a, out_sharding=sharding)
@@ -138,14 +139,15 @@ def _position(shape: tuple[int, ...], zero: Array, sharding: PartitionSpec | Non
     return outer * np.uint32(shape[-1]) + inner + zero
 
 
-def _split_minor(leaf: Leaf) -> tuple[tuple[int, ...], tuple[Any, ...]]:
+def _split_minor(leaf: Leaf) -> tuple[tuple[int, ...], NamedSharding | None]:
     """A shape whose last axis lies on one device each, the one before it not, and its sharding.
 
     Where the type does not tell how the minor axis is divided, a power of two up to 16 is assumed, as for `Leaf.grid`.
     """
     *lead, n = leaf.shape
-    if leaf.local or leaf.spec:
+    if leaf.local or leaf.sharding is not None:
         outer = leaf.shards[-1]
     else:
         outer = math.gcd(n, 16)
-    return (*lead, outer, n // outer), (*leaf.spec, None) if leaf.spec else ()
+    axes = (*range(len(leaf.shape)), -1)
+    return (*lead, outer, n // outer), _meshes.split(leaf.sharding, axes)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from prunax import _counts, patterns, schedules, trees
+from prunax import _counts, _meshes, patterns, schedules, trees
 from prunax import allocation as allocations
 from prunax import masks as mask_functions
 from prunax import scores as score_functions
@@ -148,9 +148,14 @@ def dynamic_sparse(
             )
 
         def choose(scores: list[jax.Array], budgets: list[Any]) -> list[jax.Array]:
-            return mask_functions.select_masks(
+            chosen_masks = mask_functions.select_masks(
                 scores, budgets, pattern=pattern, structure=plan.structure
             )
+            # Random scores are alike in all of a shard_map, where the masks of weights need not be.
+            return [
+                _meshes.vary_like(m, leaf)
+                for m, leaf in zip(chosen_masks, chosen.leaves, strict=True)
+            ]
 
         def start(masks: list[jax.Array]) -> Ranking:
             del masks

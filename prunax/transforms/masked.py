@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from prunax import _counts, _packing, patterns, schedules, trees
+from prunax import _counts, _meshes, _packing, patterns, schedules, trees
 from prunax import allocation as allocations
 from prunax import masks as mask_functions
 from prunax import scores as score_functions
@@ -90,7 +90,7 @@ def train_masked(
         return _packing.pack(mask) if packed else mask
 
     def unpack(stored: jax.Array, leaf: jax.Array) -> jax.Array:
-        return _packing.unpack(stored, leaf.shape) if packed else stored
+        return _meshes.shard_like(_packing.unpack(stored, leaf.shape), leaf) if packed else stored
 
     def init(params: PyTree) -> PruneState:
         trees.check_params(name, params, trained=True)
@@ -160,8 +160,15 @@ def train_masked(
         def rank(old: Arrays) -> tuple[Arrays, Arrays, jax.Array]:
             before = [unpack(m, leaf) for m, leaf in zip(old, leaves, strict=True)]
             ranked, has_nan = next_masks(state.count, updates, averaged, chosen, before)
-            new = [jnp.where(has_nan, b, m) for b, m in zip(before, ranked, strict=True)]
-            grown = [m & ~b for m, b in zip(new, before, strict=True)]
+            # In a shard_map, random masks are alike on all devices, and masks that were given may be.
+            new = [
+                _meshes.vary_like(jnp.where(has_nan, b, m), b)
+                for b, m in zip(before, ranked, strict=True)
+            ]
+            grown = [
+                _meshes.vary_like(m & ~b, leaf)
+                for m, b, leaf in zip(new, before, leaves, strict=True)
+            ]
             return [pack(m) for m in new], grown, has_nan.astype(jnp.int32)
 
         def renew(old: Arrays, grads: Arrays, inner_state: Any) -> tuple[Arrays, Arrays, Any, Any]:
@@ -289,10 +296,10 @@ def plan_at(
 
 
 def any_nan(arrays: Arrays) -> jax.Array:
-    """Say whether any array holds a NaN."""
+    """Say whether any array holds a NaN, on any device of a `jax.shard_map`."""
     found = jnp.zeros((), jnp.bool_)
     for x in arrays:
-        found = found | jnp.any(jnp.isnan(x))
+        found = found | _meshes.agree(jnp.any(jnp.isnan(x)))
     return found
 
 
