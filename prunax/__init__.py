@@ -5,28 +5,32 @@ Pure functions map parameter pytrees to mask pytrees, and an optax transformatio
     params -> scores -> pools (allocation) -> masks (pattern + selection) -> apply / train (optax)
 """
 
-from prunax import (
-    _modules,
-    allocation,
-    calibration,
-    export,
-    initialization,
-    lottery,
-    patterns,
-    penalties,
-    reports,
-    schedules,
-    scores,
-    search,
-    structured,
-    transforms,
-    trees,
-)
-from prunax._jaxprs import kernels
-from prunax._states import get_masks
-from prunax.masks import apply_masks, compute_masks, straight_through
-from prunax.reports._summary import compare_masks, summarize
-from prunax.transforms import prune
+from typing import TYPE_CHECKING
+
+from prunax import _modules
+
+if TYPE_CHECKING:
+    from prunax import (
+        allocation,
+        calibration,
+        export,
+        initialization,
+        lottery,
+        patterns,
+        penalties,
+        reports,
+        schedules,
+        scores,
+        search,
+        structured,
+        transforms,
+        trees,
+    )
+    from prunax._jaxprs import kernels
+    from prunax._states import get_masks
+    from prunax.masks import apply_masks, compute_masks, straight_through
+    from prunax.reports._summary import compare_masks, summarize
+    from prunax.transforms import prune
 
 __version__ = "0.1.0"
 
@@ -54,5 +58,17 @@ __all__ = [
     "transforms",
     "trees",
 ]
+
+__getattr__ = _modules.lazy(
+    __name__,
+    __all__,
+    {
+        "_jaxprs": "kernels",
+        "_states": "get_masks",
+        "masks": "apply_masks compute_masks straight_through",
+        "reports._summary": "compare_masks summarize",
+        "transforms": "prune",
+    },
+)
 
 _modules.show_public_names(__name__)

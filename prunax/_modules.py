@@ -1,10 +1,12 @@
-"""Public modules that list what is public, and that say so when they are called like a function."""
+"""Public modules: they list what is public, say so when called like a function, and import names when asked for them."""
 
+import importlib
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-__all__ = ["show_public_names"]
+__all__ = ["lazy", "show_public_names"]
 
 
 class PublicModule(ModuleType):
@@ -37,3 +39,36 @@ def show_public_names(package: str) -> None:
         public = parts[0] == package and not any(part.startswith("_") for part in parts)
         if public and hasattr(module, "__all__"):
             module.__class__ = PublicModule
+
+
+def lazy(
+    package: str, public: Sequence[str], modules: Mapping[str, str]
+) -> Callable[[str], Any]:
+    """Make the `__getattr__` of a package: the command line looks into a file without importing JAX.
+
+    Args:
+        package: Its name.
+        public: Its `__all__`.
+        modules: Module within it -> the names that are taken from there, with spaces between. Other names are those of
+            modules.
+
+    Returns:
+        A function from name to what it names.
+
+    Examples:
+        >>> from prunax import _modules
+        >>> _modules.lazy("json", ["JSONDecoder"], {"decoder": "JSONDecoder"})("JSONDecoder").__name__
+        'JSONDecoder'
+    """
+    origins = {name: module for module, names in modules.items() for name in names.split()}
+
+    def get(name: str) -> Any:
+        if name not in public:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        module = importlib.import_module(f"{package}.{origins.get(name, name)}")
+        show_public_names(package.partition(".")[0])
+        found = getattr(module, name) if name in origins else module
+        setattr(sys.modules[package], name, found)
+        return found
+
+    return get

@@ -346,9 +346,9 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
 
 def test_a_file_that_comes_meanwhile_is_kept(tmp_path):
     def race() -> None:
-        with container.Writer(tmp_path / "x", room=100) as writer:
+        with container.Writer(tmp_path / "x", room=100, digest=False) as writer:
             (tmp_path / "x").write_text("mine")
-            writer.finish({}, digest=False)
+            writer.finish({})
 
     with pytest.raises(FileExistsError):
         race()

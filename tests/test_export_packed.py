@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import prunax
 from prunax import export
 from prunax.export import packed as forms
-from prunax.export import timing, tpu
+from prunax.export import timing
 from prunax.patterns import NM, Block, ConstantFanIn, Unstructured
 
 
@@ -218,23 +218,3 @@ def test_the_packed_form_wins_by_median_and_minimum():
     assert not timing.wins([0.95, 0.95, 0.95], [1.0, 1.0, 1.0])  # not by enough
     assert not timing.wins([0.2, 1.0, 1.0], [1.0, 1.0, 1.0])  # one lucky turn
     assert not timing.wins([0.8, 0.8, 0.8], [0.8, 2.0, 2.0])  # dense had bad luck
-
-
-@pytest.mark.parametrize("shape", [(48, 40), (50, 37)])
-@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
-def test_tpu_kernel_in_the_interpreter(shape, density):
-    w, mask = random_matrix(2, shape, Block((8, 16)), density)
-    packed = export.pack(w, mask, Block((8, 16)))
-    x = jax.random.normal(jax.random.key(0), (21, shape[0]))
-    found = tpu.block_matmul(packed, x, tile=8, interpret=True)
-    np.testing.assert_allclose(found, x @ masked(w, mask), atol=1e-4)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_tpu_kernel_lowers_for_tpu(dtype):
-    pattern = Block((128, 128))
-    w, mask = random_matrix(3, (1024, 512), pattern, 0.3)
-    packed = export.pack(w.astype(dtype), mask, pattern)
-    x = jax.ShapeDtypeStruct((256, 1024), dtype)
-    exported = jax.export.export(jax.jit(tpu.block_matmul), platforms=["tpu"])(packed, x)
-    assert "tpu_custom_call" in exported.mlir_module()

@@ -26,8 +26,8 @@ LAYERS = [
     {"allocation"},
     {"masks", "reports"},
     {"transforms", "_states"},
-    {"initialization", "lottery", "calibration", "structured", "export"},
-    {"search"},
+    {"initialization", "lottery", "calibration", "structured"},
+    {"search", "export"},
     {"cli"},
     {"__main__"},
 ]

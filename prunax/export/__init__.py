@@ -3,6 +3,8 @@
 ===========================================  =========================================================================
 `save_masks`, `load_masks`                   masks in a safetensors file, one bit a weight
 `save_params`, `load_params`                 params in one, pruned weights compressed away, bit for bit
+`open_checkpoint`, `save_checkpoint`         models of any size as people have them: files, folders of shards, Orbax
+`shrink_checkpoint`                          the checkpoint of a smaller network, tensor by tensor
 `pack`, `fastest`                            weights that multiply faster than dense ones, where that is measured
 `to_bcoo`                                    `jax.experimental.sparse.BCOO` leaves
 `verify_pattern`                             do the masks follow N:M, blocks, a constant fan-in?
@@ -24,27 +26,54 @@ an ordinary pytree of arrays, packed masks and counters included::
 Training goes on from `restored` as if it had not stopped, bit for bit.
 """
 
-from prunax.export.bcoo import to_bcoo
-from prunax.export.container import FormatError
-from prunax.export.files import load_masks, load_params, read_metadata, save_masks, save_params
-from prunax.export.packed import BlockSparse, Dense, GatherSparse, pack
-from prunax.export.timing import fastest, matmul_seconds
-from prunax.export.verify import PatternReport, verify_pattern
+from typing import TYPE_CHECKING
+
+from prunax import _modules
+
+if TYPE_CHECKING:
+    from prunax.export.bcoo import to_bcoo
+    from prunax.export.checkpoints import Checkpoint, Tensor, open_checkpoint
+    from prunax.export.container import FormatError
+    from prunax.export.files import load_masks, load_params, read_metadata, save_masks, save_params
+    from prunax.export.packed import BlockSparse, Dense, GatherSparse, pack
+    from prunax.export.saving import save_checkpoint, shrink_checkpoint
+    from prunax.export.timing import fastest, matmul_seconds
+    from prunax.export.verify import PatternReport, verify_pattern
 
 __all__ = [
     "BlockSparse",
+    "Checkpoint",
     "Dense",
     "FormatError",
     "GatherSparse",
     "PatternReport",
+    "Tensor",
     "fastest",
     "load_masks",
     "load_params",
     "matmul_seconds",
+    "open_checkpoint",
     "pack",
     "read_metadata",
+    "save_checkpoint",
     "save_masks",
     "save_params",
+    "shrink_checkpoint",
     "to_bcoo",
     "verify_pattern",
 ]
+
+__getattr__ = _modules.lazy(
+    __name__,
+    __all__,
+    {
+        "bcoo": "to_bcoo",
+        "checkpoints": "Checkpoint Tensor open_checkpoint",
+        "container": "FormatError",
+        "files": "load_masks load_params read_metadata save_masks save_params",
+        "packed": "BlockSparse Dense GatherSparse pack",
+        "saving": "save_checkpoint shrink_checkpoint",
+        "timing": "fastest matmul_seconds",
+        "verify": "PatternReport verify_pattern",
+    },
+)

@@ -14,7 +14,6 @@ import hashlib
 import json
 import math
 import os
-import secrets
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -22,6 +21,8 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+
+from prunax.export import atomic
 
 __all__ = ["Entry", "FormatError", "Reader", "Writer"]
 
@@ -265,25 +266,33 @@ class Writer:
 
     Attributes:
         path: The file to be.
-        overwrite: Whether it may take the place of another.
         room: Bytes kept free for the header, see `header_room`.
 
     Raises:
         FileExistsError: If the file is there already, unless `overwrite`.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, room: int, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        room: int,
+        overwrite: bool = False,
+        digest: bool = True,
+    ) -> None:
         self.path = Path(path)
-        self.overwrite = overwrite
         self.room = _padded(room)
         self.entries: dict[str, Entry] = {}
-        self._sha = hashlib.sha256()
+        self._sha = hashlib.sha256() if digest else None
         self._position = 0
         self._complete = False
-        check_absent(self.path, overwrite)
-        self._temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.partial")
-        self._file = open(self._temporary, "xb")  # noqa: SIM115, closed by __exit__
-        self._file.seek(8 + self.room)
+        self._place = atomic.Place(self.path, overwrite=overwrite)
+        try:
+            self._file = open(self._place.temporary, "r+b")  # noqa: SIM115, closed by __exit__
+            self._file.seek(8 + self.room)
+        except BaseException:
+            self._place.discard()
+            raise
 
     def __enter__(self) -> "Writer":
         return self
@@ -291,10 +300,14 @@ class Writer:
     def __exit__(self, kind: object, *_: object) -> None:
         try:
             if kind is None and self._complete:
-                self._publish()
+                with atomic.naming(self.path):
+                    self._file.flush()
+                    os.fsync(self._file.fileno())
+                self._place.publish()
         finally:
-            self._file.close()
-            self._temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a full disk, once more
+                self._file.close()
+            self._place.discard()
 
     def add(self, name: str, dtype: str, shape: tuple[int, ...], data: Iterable[Any]) -> None:
         """Write a tensor.
@@ -309,64 +322,32 @@ class Writer:
         start = self._position
         for piece in data:
             view = memoryview(piece).cast("B")
-            self._file.write(view)
-            self._sha.update(view)
+            with atomic.naming(self.path):
+                self._file.write(view)
+            if self._sha:
+                self._sha.update(view)
             self._position += view.nbytes
         assert 8 * (self._position - start) == math.prod(shape) * _BITS[dtype], name
         self.entries[name] = Entry(dtype, tuple(shape), start, self._position)
 
-    def finish(self, metadata: Mapping[str, str], *, digest: bool) -> None:
-        """Write the header.
+    def finish(self, metadata: Mapping[str, str]) -> None:
+        """Write the header, with a checksum of the file in it if `digest` asked for one.
 
         Args:
             metadata: Texts by name.
-            digest: Whether to put a checksum of the file into it.
         """
-        metadata = dict(metadata) | ({DIGEST: _NO_DIGEST} if digest else {})
+        metadata = dict(metadata) | ({DIGEST: _NO_DIGEST} if self._sha else {})
         header = _header(self.entries, metadata).ljust(self.room)
         assert len(header) == self.room, (len(header), self.room)
         length = len(header).to_bytes(8, "little")
-        if digest:
+        if self._sha:
             self._sha.update(header + length)
             field = _digest_field(self._sha.hexdigest())
             header = header.replace(_digest_field(_NO_DIGEST), field)
-        self._file.seek(0)
-        self._file.write(length + header)
+        with atomic.naming(self.path):
+            self._file.seek(0)
+            self._file.write(length + header)
         self._complete = True
-
-    def _publish(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        publish(self._temporary, self.path, self.overwrite)
-
-
-def check_absent(path: Path, overwrite: bool) -> None:
-    """Raise FileExistsError if something is at the path and may not be overwritten, before any work is done."""
-    if not overwrite and os.path.lexists(path):
-        raise FileExistsError(
-            f"{path} exists already. Choose another name, or pass overwrite=True."
-        )
-
-
-def publish(temporary: Path, path: Path, overwrite: bool) -> None:
-    """Give a complete temporary file its name in one step, and see to it that the folder's entry is on the disk."""
-    if overwrite:
-        os.replace(temporary, path)
-    else:
-        try:
-            os.link(temporary, path)  # unlike a rename, fails where another file has come meanwhile
-        except FileExistsError:
-            check_absent(path, overwrite)
-            raise
-        except OSError:  # a file system without links
-            check_absent(path, overwrite)
-            os.replace(temporary, path)
-    with contextlib.suppress(OSError):  # not every system can open a folder
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def header_room(

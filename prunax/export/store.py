@@ -110,7 +110,7 @@ class ArrayWriter:
         longest = {n: Stored("plain", dtype, shape) for n, (shape, dtype) in leaves.items()}
         entries = {n: Entry("F8_E4M3", (*s.shape, total), total, total) for n, s in longest.items()}
         room = header_room(entries, self._described(longest), digest=kind is not None)
-        self._writer = Writer(path, room=room, overwrite=overwrite)
+        self._writer = Writer(path, room=room, overwrite=overwrite, digest=kind is not None)
 
     def __enter__(self) -> "ArrayWriter":
         return self
@@ -119,7 +119,7 @@ class ArrayWriter:
         try:
             if kind is None:
                 ordered = {name: self._stored[name] for name in self._leaves}
-                self._writer.finish(self._described(ordered), digest=self.kind is not None)
+                self._writer.finish(self._described(ordered))
         finally:  # which publishes a finished file, and removes any other
             self._writer.__exit__(kind, error, trace)
 
