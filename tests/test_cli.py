@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 import prunax
 from prunax import export
-from prunax.cli import choices, main, ranking, sources
+from prunax.cli import choices, main, ranking
+from prunax.export.checkpoints import Tensor
 
 
 def torch_like(seed: int = 0) -> dict[str, np.ndarray]:
@@ -214,7 +215,7 @@ def test_tensors_by_name(file, tmp_path):
         out,
         "--sparsity",
         "1",
-        "--where",
+        "--select",
         "*embeddings*weight",
         "--exclude",
         "*LayerNorm*",
@@ -287,9 +288,9 @@ def test_nothing_is_overwritten_unasked(file, tmp_path, capsys):
     [(["a.kernel", "b.kernel"], "in-out"), (["a.weight"], "out-in"), (["w", "v"], None)],
 )
 def test_layout_by_names(names, layout):
-    tensors = [sources.Tensor(n, n.replace(".", "/"), (4, 4), "float32") for n in names]
+    tensors = [Tensor(n, n.replace(".", "/"), (4, 4), "float32") for n in names]
     if layout is None:
-        with pytest.raises(sources.UsageError, match="--layout in-out or --layout out-in"):
+        with pytest.raises(choices.UsageError, match="--layout in-out or --layout out-in"):
             choices.find_layout("auto", tensors)
     else:
         assert choices.find_layout("auto", tensors).name == layout

@@ -4,22 +4,21 @@ import argparse
 import fnmatch
 import re
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax.numpy as jnp
+from prunax import _leaf_names
+from prunax.export.checkpoints import Tensor
 
-from prunax import _leaf_names, allocation, patterns
-from prunax.cli.sources import Tensor, UsageError
+if TYPE_CHECKING:
+    from prunax import patterns
 
-__all__ = ["Layout"]
+__all__ = ["Choice", "Layout", "UsageError"]
 
-ALLOCATIONS = {
-    "uniform": allocation.uniform,
-    "global": allocation.global_ranking,
-    "erdos-renyi": allocation.erdos_renyi,
-    "lamp": allocation.lamp,
-}
-PATTERNS = "unstructured, N:M (2:4), fan-in, block:HxW (block:32x32), channel"
+Make = Callable[["Layout"], "patterns.Pattern"]
+
+
+class UsageError(ValueError):
+    """Something that the user asked for and cannot have. The message says what to do instead."""
 
 
 class Layout(NamedTuple):
@@ -44,82 +43,102 @@ class Layout(NamedTuple):
         return -1 if self.name == "in-out" else 0
 
 
-def fraction(text: str) -> float:
-    """Parse a sparsity."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to 1 (0.8 for 80%)")
-    return value
+class Choice(NamedTuple):
+    """Which tensors are pruned.
+
+    Attributes:
+        tensors: Those that are.
+        whole: Name -> why it is left whole, of the others.
+        rule: How they were chosen, in words.
+    """
+
+    tensors: list[Tensor]
+    whole: dict[str, str]
+    rule: str
 
 
-def pattern(text: str) -> Callable[[Layout], patterns.Pattern]:
-    """Parse a pattern into a function that makes it for a layout."""
-    groups = re.fullmatch(r"(\d+):(\d+)", text)
-    blocks = re.fullmatch(r"block:(\d+)x(\d+)", text)
-    try:
-        if groups:
-            n, m = int(groups[1]), int(groups[2])
-            patterns.NM(n, m)
-            return lambda layout: patterns.NM(n, m, axis=layout.inputs)
-        if blocks:
-            block = patterns.Block((int(blocks[1]), int(blocks[2])))
-            return lambda layout: block
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    if text == "unstructured":
-        return lambda layout: patterns.Unstructured()
+def allocation(name: str) -> Any:
+    """The allocation of that name."""
+    from prunax import allocation as allocations
+
+    return {
+        "uniform": allocations.uniform,
+        "global": allocations.global_ranking,
+        "erdos-renyi": allocations.erdos_renyi,
+        "lamp": allocations.lamp,
+    }[name]
+
+
+def pattern(text: str) -> Make:
+    """Turn the spelling of a pattern into a function that makes it for a layout."""
+    from prunax import patterns
+
+    numbers = [int(n) for n in re.findall(r"\d+", text)]
+    if text.startswith("block"):
+        return lambda layout: patterns.Block((numbers[0], numbers[1]))
+    if numbers:
+        return lambda layout: patterns.NM(numbers[0], numbers[1], axis=layout.inputs)
     if text == "fan-in":
         return lambda layout: patterns.ConstantFanIn(axis=layout.inputs)
     if text == "channel":
         return lambda layout: patterns.Channel(axis=layout.outputs)
-    raise argparse.ArgumentTypeError(f"{text!r} is none of: {PATTERNS}")
+    return lambda layout: patterns.Unstructured()
 
 
-def select(
-    tensors: Sequence[Tensor], where: Sequence[str], exclude: Sequence[str]
-) -> tuple[list[Tensor], str]:
+def choose(tensors: Sequence[Tensor], args: argparse.Namespace) -> Choice:
     """Choose the tensors to prune.
 
     Args:
         tensors: All of them.
-        where: Globs of names; none for the default choice.
-        exclude: Globs of names that are left alone.
+        args: With the globs ``where``, ``exclude`` and ``select``.
 
     Returns:
-        The chosen ones, and a sentence that says how.
+        The `Choice`, of no tensor perhaps.
 
     Raises:
-        UsageError: If there are none, or one of them has no magnitude.
+        UsageError: If a glob matches nothing, or a tensor named by ``select`` has no magnitude.
     """
-    for glob in [*where, *exclude]:
-        if not any(_matches(t, glob) for t in tensors):
+    for glob in [*args.where, *args.exclude, *args.select]:
+        if not any(_matches(t, [glob]) for t in tensors):
             raise UsageError(f"{glob!r} matches no tensor. `prunax inspect` lists their names.")
-    if where:
-        chosen = [t for t in tensors if any(_matches(t, glob) for glob in where)]
-        rule = f"those that match {', '.join(where)}"
-    else:
-        known = _leaf_names.folders({t.path: t.shape for t in tensors})
-        under = any(t.path.startswith("params/") for t in tensors)
-        chosen = [
-            t
-            for t in tensors
-            if not _leaf_names.why_whole(t.path, t.shape, known)
-            and _has_magnitude(t)
-            and (t.path.startswith("params/") or not under)
-        ]
-        rule = "weights of two axes or more; biases, normalisation and embeddings stay (choose others with --where)"
-    chosen = [t for t in chosen if not any(_matches(t, glob) for glob in exclude)]
-    if not chosen:
-        raise UsageError("no tensor is chosen. Name some with --where 'GLOB'.")
-    for t in chosen:
-        if not _has_magnitude(t):
+    if args.select and args.where:
+        raise UsageError(
+            "--select says which tensors exactly, --where which of the safe ones. Pass one."
+        )
+    known = _leaf_names.folders({t.path: t.shape for t in tensors})
+    under = any(t.path.startswith("params/") for t in tensors)
+    whole: dict[str, str] = {}
+    for t in tensors:
+        reason = _no_magnitude(t)
+        if args.select:
+            named = _matches(t, args.select)
+            if named and reason and not _matches(t, args.exclude):
+                raise UsageError(f"{_ranked(t)} Leave it out with --exclude.")
+            reason = "" if named else "not named by --select"
+        elif not reason:
+            reason = _leaf_names.why_whole(t.path, t.shape, known)
+            if not reason and under and not t.path.startswith("params/"):
+                reason = "not among the params"
+            if not reason and args.where and not _matches(t, args.where):
+                reason = "not named by --where"
+        if not reason and _matches(t, args.exclude):
+            reason = "excluded"
+        if reason:
+            whole[t.name] = reason
+    for glob in args.where:
+        found = [t for t in tensors if _matches(t, [glob])]
+        if all(t.name in whole and not _matches(t, args.exclude) for t in found):
+            why = f"{found[0].name!r} is left whole: {whole[found[0].name]}."
+            why = _ranked(found[0]) if _no_magnitude(found[0]) else why
             raise UsageError(
-                f"{t.name!r} is {t.dtype_name} and has no magnitude to rank. Leave it out with --exclude."
+                f"--where {glob!r} chooses nothing. {why} --select prunes whatever it names."
             )
-    return chosen, rule
+    if args.select:
+        rule = f"those that match {', '.join(args.select)}"
+    else:
+        rule = "weights of two axes or more; biases, normalisation and embeddings stay"
+        rule += f"; those that match {', '.join(args.where)}" if args.where else ""
+    return Choice([t for t in tensors if t.name not in whole], whole, rule)
 
 
 def find_layout(asked: str, tensors: Sequence[Tensor]) -> Layout:
@@ -145,33 +164,9 @@ def find_layout(asked: str, tensors: Sequence[Tensor]) -> Layout:
     )
 
 
-def describe(chosen: patterns.Pattern, layout: Layout | None, sparsity: float | None) -> str:
-    """Say in words what a pattern removes, and along which axis."""
-    amount = "" if sparsity is None else f"{sparsity:.4g} of "
-    if layout is None:
-        match chosen:
-            case patterns.Block():
-                size = " x ".join(map(str, chosen.shape))
-                return f"{amount}the {size} blocks of the last two axes as they are stored"
-            case _:
-                return f"{amount}the weights, one by one: the layout does not matter"
-    stored = "(in, out)" if layout.name == "in-out" else "(out, in)"
-    match chosen:
-        case patterns.NM():
-            what = f"keeps {chosen.n} of every {chosen.m} weights in a row along the input axis"
-            axis = layout.inputs
-        case patterns.ConstantFanIn():
-            what = f"{amount}the inputs of each output unit, along the input axis"
-            axis = layout.inputs
-        case _:
-            what = f"{amount}the output channels, whole, along the output axis"
-            axis = layout.outputs
-    return f"{what}, axis {axis} of weights stored as {stored}, {layout.reason}"
-
-
 def fit(
-    make: Callable[[Layout], patterns.Pattern], asked: str, tensors: Sequence[Tensor]
-) -> tuple[patterns.Pattern, Layout | None]:
+    make: Make, asked: str, tensors: Sequence[Tensor]
+) -> tuple["patterns.Pattern", Layout | None]:
     """Make a pattern for the layout of the tensors, which is None where the pattern does not ask for it."""
     flax, pytorch = make(Layout("in-out", "")), make(Layout("out-in", ""))
     if flax == pytorch:
@@ -180,10 +175,40 @@ def fit(
     return make(layout), layout
 
 
-def _has_magnitude(tensor: Tensor) -> bool:
+def describe(chosen: "patterns.Pattern", layout: Layout | None, sparsity: float | None) -> str:
+    """Say in words what a pattern removes, and along which axis."""
+    from prunax import patterns
+
+    amount = "" if sparsity is None else f"{sparsity:.4g} of "
+    if layout is None:
+        if isinstance(chosen, patterns.Block):
+            size = " x ".join(map(str, chosen.shape))
+            return f"{amount}the {size} blocks of the last two axes as they are stored"
+        return f"{amount}the weights, one by one: the layout does not matter"
+    stored, axis = "(in, out)" if layout.name == "in-out" else "(out, in)", layout.inputs
+    match chosen:
+        case patterns.NM():
+            what = f"keeps {chosen.n} of every {chosen.m} weights in a row along the input axis"
+        case patterns.ConstantFanIn():
+            what = f"{amount}the inputs of each output unit, along the input axis"
+        case _:
+            what = f"{amount}the output channels, whole, along the output axis"
+            axis = layout.outputs
+    return f"{what}, axis {axis} of weights stored as {stored}, {layout.reason}"
+
+
+def _no_magnitude(tensor: Tensor) -> str:
     # Scales of eight bits have an exponent and nothing else, hence no zero.
-    return jnp.issubdtype(tensor.dtype, jnp.floating) and tensor.dtype_name != "float8_e8m0fnu"
+    if tensor.dtype_name == "float8_e8m0fnu":
+        return "float8_e8m0fnu has no zero"
+    floating = tensor.dtype.kind == "f" or "float" in tensor.dtype.name
+    return "" if floating else f"{tensor.dtype_name} is no floating-point dtype"
 
 
-def _matches(tensor: Tensor, glob: str) -> bool:
-    return fnmatch.fnmatchcase(tensor.name, glob) or fnmatch.fnmatchcase(tensor.path, glob)
+def _ranked(tensor: Tensor) -> str:
+    return f"{tensor.name!r} is {tensor.dtype_name} and has no magnitude to rank."
+
+
+def _matches(tensor: Tensor, globs: Sequence[str]) -> bool:
+    names = (tensor.name, tensor.path)
+    return any(fnmatch.fnmatchcase(name, glob) for glob in globs for name in names)

@@ -1,228 +1,290 @@
 """What each command does.
 
-A command takes the parsed options, the open files, and consoles for output and errors. It returns the exit code.
+A command takes the parsed options, the open checkpoints, and consoles for output and errors. It returns the exit code.
 """
 
 import argparse
-import html
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from prunax.cli import choices, looking, pruning
-from prunax.cli.sources import (
-    OrbaxSource,
-    SafetensorsSource,
-    UsageError,
-    is_orbax,
-    printable,
-)
-from prunax.export.store import readable
-from prunax.reports._summary import LeafSummary, Summary
+from prunax.cli import choices, looking
+from prunax.cli.choices import Choice, UsageError
+from prunax.cli.output import printable, progress, say
+from prunax.export.atomic import naming
+from prunax.export.checkpoints import OTHERS, Checkpoint, in_order, texts
+from prunax.export.saving import FILES, check_replaceable, open_writer
 from prunax.reports._tables import Table
 
 __all__: list[str] = []
 
-Source = SafetensorsSource | OrbaxSource
-OK, DIFFERENT = 0, 1
+DONE, DIFFERENT = 0, 1
 
 
-def say(console: Console, text: str) -> None:
-    """Print a line as it is: no markup, and no break where the window ends."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+def check(args: argparse.Namespace) -> None:
+    """Look at OUT before any work is done.
 
-
-def inspect(args: argparse.Namespace, source: Source, out: Console, err: Console) -> int:
-    with _progress(err, "reading", source) as step:
-        looked = list(looking.look(source, step))
-    if args.json:
-        out.print_json(
-            json.dumps(
-                {"metadata": readable(source.metadata), "tensors": [x.to_dict() for x in looked]}
-            )
-        )
-    else:
-        rows = [
-            (
-                printable(x.tensor.name),
-                printable(x.tensor.dtype_name),
-                " x ".join(map(str, x.tensor.shape)) or "scalar",
-                "?" if x.zeros is None else f"{x.sparsity:.2%}" if x.zeros else "-",
-                ", ".join(x.nm),
-            )
-            for x in looked
-        ]
-        out.print(Table(("tensor", "dtype", "shape", "sparsity", "N:M"), rows, text=3))
-        _print_totals(out, source, looked)
-    if args.pattern is None:
-        return OK
-    chosen, rule = choices.select(list(source.tensors.values()), args.where, args.exclude)
-    pattern, _ = choices.fit(args.pattern, args.layout, chosen)
-    problems = [looking.follows(source.read(t.name), pattern, t.name) for t in chosen]
-    broken = [problem for problem in problems if problem]
-    for problem in broken:
-        say(err, printable(problem))
-    say(err, f"{len(chosen) - len(broken)} of {len(chosen)} tensors follow {pattern} ({rule}).")
-    return DIFFERENT if broken else OK
-
-
-def prune(args: argparse.Namespace, source: Source, out: Console, err: Console) -> int:
-    _check_out(args)
-    to_orbax = is_orbax(args.out)
-    if to_orbax and args.compress:
-        raise UsageError(
-            "--compress writes safetensors files. Name the output so: OUT.safetensors."
-        )
-    if isinstance(source, SafetensorsSource) and source.kind == "masks":
-        raise UsageError(f"{source.path} holds masks, which cannot be pruned.")
-    if to_orbax and args.out.exists() and args.out.samefile(source.path):
-        raise UsageError("a checkpoint folder cannot be written over itself. Name another one.")
-    chosen, rule = choices.select(list(source.tensors.values()), args.where, args.exclude)
-    pattern, layout = choices.fit(args.pattern, args.layout, chosen)
-    if args.sparsity is None and pattern.max_sparsity is None:
+    Raises:
+        UsageError: If nothing can be written there, or something would be lost.
+    """
+    if args.command == "prune" and args.sparsity is None and ":" not in args.pattern:
         raise UsageError(
             "how much? Pass --sparsity 0.5, or a pattern that says it (--pattern 2:4)."
         )
-    allocation = choices.ALLOCATIONS[args.allocation]
-    request = pruning.Request(chosen, pattern, args.sparsity, allocation)
-    weights, total = sum(t.size for t in chosen), sum(t.size for t in source.tensors.values())
-    number = f"{len(chosen)} of {len(source.tensors)} tensors, {weights:,} of {total:,} numbers"
+    out: Path | None = getattr(args, "out", None)
+    if out is None:
+        return
+    if str(out) == "-":
+        raise UsageError("OUT is a file or a folder: nothing is written to the output stream.")
+    is_file = args.command == "report" or out.suffix in FILES
+    if args.command != "report":
+        if out.suffix.lower() in OTHERS or out.suffix.lower() in (".json", ".txt"):
+            raise UsageError(
+                f"{out}: {out.suffix} is not written. Name OUT.safetensors, or a folder."
+            )
+        if args.compress and not is_file:
+            raise UsageError(
+                "--compress writes one file. Name the output so: OUT.prunax or OUT.safetensors."
+            )
+        if not is_file and any(out.resolve().is_relative_to(f.resolve()) for f in args.files):
+            raise UsageError(
+                "a checkpoint folder cannot be written over itself, or within. Name another one."
+            )
+    if not out.absolute().parent.is_dir():
+        raise UsageError(f"the folder {out.absolute().parent} does not exist.")
+    if is_file and out.is_dir():
+        raise UsageError(f"{out} is a folder, and a file is to be written. Choose another name.")
+    if is_file and out.exists() and not args.overwrite:
+        raise UsageError(f"{out} exists already. Choose another name, or pass --overwrite.")
+    if not is_file:
+        check_replaceable(out, args.overwrite)
+
+
+def inspect(args: argparse.Namespace, source: Checkpoint, out: Console, err: Console) -> int:
+    choice = choices.choose(list(source.tensors.values()), args)
+    with progress(err, "reading", len(source.tensors)) as step:
+        looked = list(looking.look(source, step))
+    facts, table = _facts(source, looked), _table(looked, choice)
+    match args.format:
+        case "json":
+            text = json.dumps(_document(source, looked, choice), indent=1)
+        case "markdown":
+            lines = "\n".join(f"- {fact}" for fact in facts)
+            text = f"# {printable(source.path.name)}\n\n{lines}\n\n{table.markdown()}"
+        case "html":
+            text = _page(source, choice, facts, table)
+        case _:
+            text = "\n".join([str(table), *facts]) if args.out else ""
+    if args.out is not None:
+        with naming(args.out):
+            args.out.write_text(text + "\n", encoding="utf-8")
+        say(err, f"written   {args.out}")
+    elif text:
+        say(out, text)
+    else:
+        out.print(table)
+        for fact in facts:
+            say(out, fact)
+    return DONE if args.pattern is None else _follow(args, source, choice, err)
+
+
+report = inspect
+
+
+def prune(args: argparse.Namespace, source: Checkpoint, out: Console, err: Console) -> int:
+    from prunax.cli import pruning
+
+    _refuse_masks(source)
+    choice = choices.choose(list(source.tensors.values()), args)
+    _list_whole(out, choice, everything=args.dry_run)
+    if not choice.tensors:
+        raise UsageError("no tensor is chosen. Name some with --select 'GLOB'.")
+    pattern, layout = choices.fit(choices.pattern(args.pattern), args.layout, choice.tensors)
+    allocation = choices.allocation(args.allocation)
+    request = pruning.Request(choice.tensors, pattern, args.sparsity, allocation)
+    masks = pruning.Masks(source, request)
+    weights, total = (
+        sum(t.size for t in choice.tensors),
+        sum(t.size for t in source.tensors.values()),
+    )
     what = choices.describe(pattern, layout, args.sparsity)
     say(out, f"prunes    {what}; allocation: {args.allocation}")
-    say(out, f"chosen    {number}: {rule}")
-    if args.dry_run:
-        for t in chosen:
-            say(out, f"  {printable(t.name)}  {' x '.join(map(str, t.shape))}")
-        return OK
-    with _progress(err, "pruning", source) as step:
-        result = pruning.prune(
-            source,
-            args.out,
-            request,
-            compress=args.compress,
-            to_orbax=to_orbax,
-            overwrite=args.overwrite,
-            step=step,
-        )
-    say(
-        out,
-        f"kept      {result.kept:,} of {result.weights:,} weights: "
-        f"sparsity {1 - result.kept / max(result.weights, 1):.4%}",
+    number = (
+        f"{len(choice.tensors)} of {len(source.tensors)} tensors, {weights:,} of {total:,} numbers"
     )
-    _say_written(out, source, args.out)
-    return OK
+    say(out, f"chosen    {number}: {choice.rule}")
+    if args.dry_run:
+        for t in choice.tensors:
+            say(out, f"  {printable(t.name)}  {' x '.join(map(str, t.shape))}")
+        return DONE
+    texts_of = {"prunax.pattern": repr(pattern)}
+    if args.sparsity is not None:
+        texts_of["prunax.sparsity"] = repr(args.sparsity)
+    with (
+        progress(err, "pruning", len(source.tensors)) as step,
+        _writer(args, source, texts_of) as writer,
+    ):
+        for name in in_order(source):
+            if name in masks:
+                writer.add(name, masks.apply(name))
+            else:
+                source.write_to(writer, name)
+            step(name)
+    sparsity = 1 - masks.kept / max(weights, 1)
+    say(out, f"kept      {masks.kept:,} of {weights:,} weights: sparsity {sparsity:.4%}")
+    return _written(args, source, out)
 
 
-def convert(args: argparse.Namespace, source: Source, out: Console, err: Console) -> int:
-    _check_out(args)
-    if isinstance(source, SafetensorsSource) and source.kind == "masks":
-        raise UsageError(f"{source.path} holds masks, which stay as they are.")
-    with _progress(err, "writing", source) as step:
-        pruning.convert(
-            source, args.out, compress=args.compress, overwrite=args.overwrite, step=step
-        )
-    _say_written(out, source, args.out)
-    return OK
+def convert(args: argparse.Namespace, source: Checkpoint, out: Console, err: Console) -> int:
+    _refuse_masks(source)
+    with (
+        progress(err, "writing", len(source.tensors)) as step,
+        _writer(args, source, {}) as writer,
+    ):
+        for name in in_order(source):
+            source.write_to(writer, name)
+            step(name)
+    return _written(args, source, out)
 
 
 def diff(
-    args: argparse.Namespace, first: Source, second: Source, out: Console, err: Console
+    args: argparse.Namespace, first: Checkpoint, second: Checkpoint, out: Console, err: Console
 ) -> int:
-    with _progress(err, "comparing", first) as step:
+    with progress(err, "comparing", len(first.tensors)) as step:
         found = list(looking.compare(first, second, step))
     differences = [d for d in found if d.what != "same"]
     if args.json:
-        out.print_json(json.dumps([d._asdict() for d in differences], default=str))
-        return DIFFERENT if differences else OK
+        say(out, json.dumps([d._asdict() for d in differences], indent=1))
+        return DIFFERENT if differences else DONE
     if differences:
         numbers = ("changed", "largest", "sparsity", "now zero", "was zero", "overlap")
         rows = [(printable(d.name), d.what, *_numbers(d)) for d in differences]
         out.print(Table(("tensor", "differs in", *numbers), rows, text=2))
     say(out, f"{len(differences)} of {len(found)} tensors differ")
-    return DIFFERENT if differences else OK
-
-
-def report(args: argparse.Namespace, source: Source, out: Console, err: Console) -> int:
-    if args.out is not None:
-        _check_out(args)
-    with _progress(err, "reading", source) as step:
-        looked = list(looking.look(source, step))
-    chosen = {
-        t.name for t in choices.select(list(source.tensors.values()), args.where, args.exclude)[0]
-    }
-    summary = Summary(
-        tuple(
-            LeafSummary(
-                x.tensor.name if args.format == "json" else printable(x.tensor.name),
-                x.tensor.shape,
-                x.tensor.dtype_name,
-                x.tensor.size,
-                x.tensor.size - (x.zeros or 0 if x.tensor.name in chosen else 0),
-                x.tensor.name in chosen,
-            )
-            for x in looked
-        )
-    )
-    title, facts = printable(source.path.name), _totals(source, looked)
-    match args.format:
-        case "json":
-            text = json.dumps(summary.to_dict() | {"metadata": readable(source.metadata)}, indent=1)
-        case "markdown":
-            lines = "\n".join(f"- {fact}" for fact in facts)
-            text = f"# {title}\n\n{lines}\n\n{summary.to_markdown()}"
-        case "html":
-            lines = "".join(f"<li>{html.escape(fact)}</li>" for fact in facts)
-            title = html.escape(title)
-            text = (
-                f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title></head>'
-                f"<body><h1>{title}</h1><ul>{lines}</ul>{summary.table().html()}</body></html>"
-            )
-        case _:
-            text = str(summary.table()) if args.out else None
-    if text is None:
-        out.print(summary)
-        _print_totals(out, source, looked)
-    elif args.out is None:
-        say(out, text)
-    else:
-        args.out.write_text(text + "\n", encoding="utf-8")
-        say(err, f"written   {args.out}")
-    return OK
+    return DIFFERENT if differences else DONE
 
 
 # --- what they share ------------------------------------------------------------------------------------------------
 
 
-def _check_out(args: argparse.Namespace) -> None:
-    if args.out.exists() and not args.overwrite:
-        raise UsageError(f"{args.out} exists already. Choose another name, or pass --overwrite.")
-    if not args.out.absolute().parent.is_dir():
-        raise UsageError(f"the folder {args.out.absolute().parent} does not exist.")
+def _follow(args: argparse.Namespace, source: Checkpoint, choice: Choice, err: Console) -> int:
+    if not choice.tensors:
+        raise UsageError("no tensor is chosen. Name some with --select 'GLOB'.")
+    pattern, _ = choices.fit(choices.pattern(args.pattern), args.layout, choice.tensors)
+    problems = [looking.follows(source.read(t.name), pattern, t.name) for t in choice.tensors]
+    broken = [problem for problem in problems if problem]
+    for problem in broken:
+        say(err, printable(problem))
+    number = f"{len(problems) - len(broken)} of {len(problems)}"
+    say(err, f"{number} tensors follow {pattern} ({choice.rule}).")
+    return DIFFERENT if broken else DONE
 
 
-def _totals(source: Source, looked: Sequence[looking.Looked]) -> list[str]:
-    size = sum(x.tensor.size for x in looked)
-    zeros = sum(x.zeros or 0 for x in looked)
-    compressed = sum(x.compressed for x in looked)
-    plain = looking.total_bytes(looked)
+def _refuse_masks(source: Checkpoint) -> None:
+    if source.kind == "masks":
+        raise UsageError(f"{source.path} holds masks, which stay as they are.")
+
+
+def _list_whole(out: Console, choice: Choice, *, everything: bool) -> None:
+    """Say what is left whole and why, reason by reason."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in choice.whole.items():
+        reasons.setdefault(reason, []).append(printable(name))
+    for reason, names in reasons.items():
+        shown = names if everything else names[:3]
+        more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+        say(out, f"whole     {len(names)}, {reason}: {', '.join(shown)}{more}")
+
+
+def _writer(args: argparse.Namespace, source: Checkpoint, metadata: dict[str, str]) -> Any:
+    options: dict[str, Any] = dict(metadata=metadata, overwrite=args.overwrite)
+    return open_writer(args.out, source, compress=args.compress, **options)
+
+
+def _written(args: argparse.Namespace, source: Checkpoint, out: Console) -> int:
+    files = args.out.rglob("*") if args.out.is_dir() else [args.out]
+    size = sum(f.stat().st_size for f in files if f.is_file())
+    ratio = size / max(source.nbytes, 1)
+    say(
+        out,
+        f"written   {args.out}, {size:,} bytes, {ratio:.3f} times the input's {source.nbytes:,}",
+    )
+    return DONE
+
+
+def _table(looked: Sequence[looking.Looked], choice: Choice) -> Table:
+    """Every tensor, and what they come to."""
+
+    def share(zeros: int, size: int) -> str:
+        return f"{zeros / size:.2%}" if size else "0.00%"
+
+    def total(name: str, some: Sequence[looking.Looked]) -> tuple[str, ...]:
+        size, zeros = sum(x.tensor.size for x in some), sum(x.zeros or 0 for x in some)
+        return name, "", "", f"{size:,}", f"{size - zeros:,}", share(zeros, size), ""
+
+    rows = [
+        (
+            printable(x.tensor.name),
+            " x ".join(map(str, x.tensor.shape)) or "scalar",
+            printable(x.tensor.dtype_name),
+            f"{x.tensor.size:,}",
+            "?" if x.zeros is None else f"{x.tensor.size - x.zeros:,}",
+            share(x.zeros or 0, x.tensor.size)
+            if x.zeros or x.tensor.name not in choice.whole
+            else "-",
+            ", ".join(x.nm),
+        )
+        for x in looked
+    ]
+    prunable = [x for x in looked if x.tensor.name not in choice.whole]
+    columns = ("tensor", "shape", "dtype", "numbers", "not zero", "sparsity", "N:M")
+    return Table(columns, rows, [total("prunable", prunable), total("all", looked)], text=3)
+
+
+def _document(
+    source: Checkpoint, looked: Sequence[looking.Looked], choice: Choice
+) -> dict[str, Any]:
+    """The same as plain values."""
+
+    def total(some: Sequence[looking.Looked]) -> dict[str, Any]:
+        size, zeros = sum(x.tensor.size for x in some), sum(x.zeros or 0 for x in some)
+        return {"weights": size, "kept": size - zeros, "sparsity": zeros / size if size else 0.0}
+
+    return {
+        "metadata": texts(source),
+        "tied": source.tied,
+        "tensors": [x.to_dict() | {"whole": choice.whole.get(x.tensor.name, "")} for x in looked],
+        "prunable": total([x for x in looked if x.tensor.name not in choice.whole]),
+        "total": total(looked),
+    }
+
+
+def _facts(source: Checkpoint, looked: Sequence[looking.Looked]) -> list[str]:
+    size, zeros = sum(x.tensor.size for x in looked), sum(x.zeros or 0 for x in looked)
+    plain, compressed = looking.total_bytes(looked), sum(x.compressed for x in looked)
     return [
         f"{len(looked)} tensors, {size:,} numbers, {zeros / max(size, 1):.2%} of them zero",
         f"{source.nbytes:,} bytes on the disk; {plain:,} plain, {compressed:,} compressed "
         f"({compressed / max(plain, 1):.2f}x)",
-        *(
-            f"{printable(key)}: {printable(text)}"
-            for key, text in readable(source.metadata).items()
-        ),
+        *(f"{printable(name)} is {printable(other)}" for name, other in source.tied.items()),
+        *(f"{printable(key)}: {printable(text)}" for key, text in texts(source).items()),
     ]
 
 
-def _print_totals(out: Console, source: Source, looked: Sequence[looking.Looked]) -> None:
-    for line in _totals(source, looked):
-        say(out, line)
+def _page(source: Checkpoint, choice: Choice, facts: Sequence[str], table: Table) -> str:
+    """The page of `reports.report_page`, of the chosen tensors and their zeros."""
+    from prunax.reports import report_page
+
+    params = {printable(t.name): source.read(t.name) for t in choice.tensors}
+    masks = {name: looking.zero(array) for name, array in params.items()}
+    for mask in masks.values():
+        np.logical_not(mask, out=mask)
+    sections = {"The checkpoint": "\n".join(facts), "Every tensor": table}
+    return report_page(params, masks, title=printable(source.path.name), sections=sections)
 
 
 def _numbers(d: looking.Difference) -> tuple[str, ...]:
@@ -231,36 +293,3 @@ def _numbers(d: looking.Difference) -> tuple[str, ...]:
     sparsity = f"{d.sparsities[0]:.2%} -> {d.sparsities[1]:.2%}"
     zeros = (f"{d.pruned:,}", f"{d.revived:,}", f"{d.overlap:.2%}")
     return (f"{d.changed:,}", f"{d.largest:.3g}", sparsity, *zeros)
-
-
-def _say_written(out: Console, source: Source, path: Path) -> None:
-    size = (
-        sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
-        if path.is_dir()
-        else path.stat().st_size
-    )
-    ratio = size / max(source.nbytes, 1)
-    say(out, f"written   {path}, {size:,} bytes, {ratio:.3f} times the input's {source.nbytes:,}")
-
-
-class _progress:
-    """A bar on the error stream, where that is a terminal. Entered, it is the function that advances it."""
-
-    def __init__(self, err: Console, verb: str, source: Source) -> None:
-        columns = [
-            TextColumn(verb),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.description}"),
-        ]
-        self._bar = Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
-        self._task = self._bar.add_task("", total=len(source.tensors))
-
-    def __enter__(self) -> Callable[[str], None]:
-        self._bar.start()
-        return lambda name: self._bar.update(
-            self._task, advance=1, description=escape(printable(name))
-        )
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()

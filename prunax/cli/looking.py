@@ -1,16 +1,13 @@
-"""``prunax inspect``, ``diff`` and ``report``: numbers of one or two files, gathered tensor by tensor."""
+"""``prunax inspect``, ``report`` and ``diff``: numbers of one or two checkpoints, gathered tensor by tensor."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
-from prunax import patterns
-from prunax.cli.sources import OrbaxSource, SafetensorsSource, Tensor
 from prunax.export import encoding
-from prunax.export.verify import verify_pattern
+from prunax.export.checkpoints import Checkpoint, Tensor
 
 __all__ = ["Difference", "Looked"]
 
@@ -73,7 +70,7 @@ class Difference(NamedTuple):
     pruned: int = 0
 
 
-def look(source: SafetensorsSource | OrbaxSource, step: Callable[[str], None]) -> Iterator[Looked]:
+def look(source: Checkpoint, step: Callable[[str], None]) -> Iterator[Looked]:
     """Look at every tensor."""
     for tensor in source.tensors.values():
         step(tensor.name)
@@ -81,42 +78,51 @@ def look(source: SafetensorsSource | OrbaxSource, step: Callable[[str], None]) -
             yield Looked(tensor, None, (), 0)
             continue
         array = source.read(tensor.name)
-        zero = _zero(array)
-        zeros = int(np.count_nonzero(zero))
+        where = zero(array)
+        zeros = int(np.count_nonzero(where))
         nm: tuple[str, ...] = ()
-        if zeros and tensor.ndim >= 2 and jnp.issubdtype(tensor.dtype, jnp.floating):
-            nm = tuple(_groupings(np.logical_not(zero, out=zero)))
+        if zeros and tensor.ndim >= 2 and "float" in tensor.dtype.name:
+            nm = tuple(_groupings(np.logical_not(where, out=where)))
         size = encoding.encoded_size(array)
         yield Looked(tensor, zeros, nm, min(size, array.nbytes))
 
 
-def follows(array: np.ndarray, pattern: patterns.Pattern, name: str) -> str | None:
+def follows(array: np.ndarray, pattern: Any, name: str) -> str | None:
     """Say how a tensor's zeros break a pattern, or None."""
+    from prunax.export.verify import verify_pattern
+
     try:
-        verify_pattern({name: np.logical_not(_zero(array))}, pattern)
+        verify_pattern({name: np.logical_not(zero(array))}, pattern)
     except ValueError as error:
         return str(error).removeprefix("verify_pattern: ").split(" Make masks with")[0]
     return None
 
 
 def compare(
-    first: SafetensorsSource | OrbaxSource,
-    second: SafetensorsSource | OrbaxSource,
-    step: Callable[[str], None],
+    first: Checkpoint, second: Checkpoint, step: Callable[[str], None]
 ) -> Iterator[Difference]:
-    """Compare two files tensor by tensor."""
-    for name in [*first.tensors, *(n for n in second.tensors if n not in first.tensors)]:
+    """Compare two checkpoints tensor by tensor, matched by name or, across layouts, by path."""
+    ours, theirs = _by_path(first), _by_path(second)
+    for path in [*ours, *(path for path in theirs if path not in ours)]:
+        a, b = ours.get(path), theirs.get(path)
+        name = (a or b or Tensor("", "", (), "")).name
         step(name)
-        if name not in second.tensors:
+        if b is None:
             yield Difference(name, "only in the first")
-        elif name not in first.tensors:
+        elif a is None:
             yield Difference(name, "only in the second")
-        elif first.tensors[name].shape != second.tensors[name].shape:
+        elif a.shape != b.shape:
             yield Difference(name, "shape")
-        elif first.tensors[name].dtype_name != second.tensors[name].dtype_name:
+        elif a.dtype_name != b.dtype_name:
             yield Difference(name, "dtype")
         else:
-            yield _difference(name, first.read(name), second.read(name))
+            yield _difference(name, first.read(a.name), second.read(b.name))
+
+
+def _by_path(source: Checkpoint) -> dict[str, Tensor]:
+    """Tensors by path, or by name where two have one path."""
+    found = {t.path: t for t in source.tensors.values()}
+    return found if len(found) == len(source.tensors) else dict(source.tensors)
 
 
 def _difference(name: str, a: np.ndarray, b: np.ndarray) -> Difference:
@@ -124,7 +130,7 @@ def _difference(name: str, a: np.ndarray, b: np.ndarray) -> Difference:
     bits_a, bits_b = (np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in (a, b))
     differs = (bits_a != bits_b).reshape(-1, itemsize).any(axis=1)
     changed = int(np.count_nonzero(differs))
-    zero_a, zero_b = _zero(a).reshape(-1), _zero(b).reshape(-1)
+    zero_a, zero_b = zero(a).reshape(-1), zero(b).reshape(-1)
     only_a, only_b = int(np.sum(zero_a & ~zero_b)), int(np.sum(zero_b & ~zero_a))
     both = int(np.sum(~zero_a & ~zero_b))
     either = both + only_a + only_b
@@ -145,7 +151,7 @@ def _difference(name: str, a: np.ndarray, b: np.ndarray) -> Difference:
     )
 
 
-def _zero(array: np.ndarray) -> np.ndarray:
+def zero(array: np.ndarray) -> np.ndarray:
     """Where the value is zero, -0.0 included."""
     if array.dtype.kind in "fiubc":
         return array == 0

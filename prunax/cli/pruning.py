@@ -1,8 +1,7 @@
 """``prunax prune``: one tensor in memory at a time, wherever the allocation can do with that."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,17 +12,15 @@ from jax.tree_util import Partial
 from prunax import masks as mask_trees
 from prunax import patterns
 from prunax.cli import ranking
-from prunax.cli.sources import OrbaxSource, SafetensorsSource, Tensor, UsageError, save_orbax
+from prunax.cli.choices import UsageError
 from prunax.export import encoding
-from prunax.export.store import OWN, ArrayWriter
+from prunax.export.checkpoints import Checkpoint, Tensor, in_order
 
-__all__ = ["Request", "Result"]
+__all__ = ["Masks", "Request"]
 
 _PIECE = 1 << 20  # elements looked at at once
 _SLAB = 1 << 20  # elements ranked at once, where the pattern allows it
 _PAIRWISE = 16  # groups up to this length are ranked without compiling anything
-
-Step = Callable[[str], None]  # told the name of each tensor that is written
 
 
 class Request(NamedTuple):
@@ -42,27 +39,20 @@ class Request(NamedTuple):
     allocation: Any
 
 
-class Result(NamedTuple):
-    """What was done.
-
-    Attributes:
-        weights: Number of weights in the pruned tensors.
-        kept: How many of their masks' elements are True.
-    """
-
-    weights: int
-    kept: int
-
-
 class Masks:
-    """Masks of tensors, made when they are asked for, in the order of the file.
+    """Masks of tensors, made when they are asked for, in the order of `in_order`.
 
     Only patterns and allocations that look at many tensors at once (blocks or LAMP scores ranked globally) hold them in
     memory: others are ranked within one tensor, or by reading the file more than once.
     """
 
-    def __init__(self, source: SafetensorsSource | OrbaxSource, request: Request) -> None:
-        shapes = [(t.name, t.shape) for t in request.chosen]
+    def __init__(self, source: Checkpoint, request: Request) -> None:
+        # Ties go to those asked for first: whatever file they are in.
+        wanted = {t.name for t in request.chosen}
+        chosen = [source.tensors[name] for name in in_order(source) if name in wanted]
+        request = request._replace(chosen=chosen)
+        shapes = [(t.name, t.shape) for t in chosen]
+        self._places = {t.name: i for i, t in enumerate(chosen)}
         patterns.check_fit("prune", request.pattern, shapes)
         self._source, self._request = source, request
         self._plan = mask_trees.plan(
@@ -73,8 +63,12 @@ class Masks:
         self._packed: dict[int, np.ndarray] = {}
         self.kept = 0
 
-    def apply(self, index: int) -> np.ndarray:
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def apply(self, name: str) -> np.ndarray:
         """Read a chosen tensor and set to zero what is pruned."""
+        index = self._places[name]
         array = self._read(index)
         pool = self._pool_of.get(index)
         mask = np.ones(array.shape, np.bool_) if pool is None else self._mask(index, pool, array)
@@ -148,55 +142,6 @@ class Masks:
             return [np.array(mask) for mask in kept]
 
 
-def prune(
-    source: SafetensorsSource | OrbaxSource,
-    out: Path,
-    request: Request,
-    *,
-    compress: bool,
-    to_orbax: bool,
-    overwrite: bool,
-    step: Step,
-) -> Result:
-    """Prune the chosen tensors and write all of them.
-
-    Args:
-        source: What to read.
-        out: What to write.
-        request: What to prune.
-        compress: Whether pruned tensors are stored as bits and kept weights.
-        to_orbax: Whether `out` is a checkpoint folder.
-        overwrite: Whether it may be there already.
-        step: Told of each tensor.
-
-    Returns:
-        The `Result`.
-    """
-    # Ties go to the weights written first.
-    order = list(_in_order(source.tensors))
-    wanted = {t.name for t in request.chosen}
-    chosen = [source.tensors[name] for name in order if name in wanted]
-    request = request._replace(chosen=chosen)
-    masks = Masks(source, request)
-    places = {t.name: i for i, t in enumerate(request.chosen)}
-    if to_orbax:
-        arrays = {}
-        for name in order:
-            arrays[name] = masks.apply(places[name]) if name in places else source.read(name)
-            step(name)
-        tree = source.rebuild(arrays) if isinstance(source, OrbaxSource) else _nested(arrays)
-        save_orbax(out, tree, overwrite=overwrite)
-    else:
-        with _writer(source, out, request, compress=compress, overwrite=overwrite) as writer:
-            for name in order:
-                if name in places:
-                    writer.add(name, masks.apply(places[name]))
-                else:
-                    source.write_to(writer, name)
-                step(name)
-    return Result(sum(t.size for t in request.chosen), masks.kept)
-
-
 def _float64() -> contextlib.AbstractContextManager[Any]:
     if hasattr(jax, "enable_x64"):
         return jax.enable_x64(True)
@@ -204,58 +149,3 @@ def _float64() -> contextlib.AbstractContextManager[Any]:
     from jax.experimental import enable_x64  # pyright: ignore[reportAttributeAccessIssue]
 
     return enable_x64(True)
-
-
-def convert(
-    source: SafetensorsSource | OrbaxSource,
-    out: Path,
-    *,
-    compress: bool,
-    overwrite: bool,
-    step: Step,
-) -> None:
-    """Write the same tensors compressed or plain."""
-    with _writer(source, out, None, compress=compress, overwrite=overwrite) as writer:
-        for name in _in_order(source.tensors):
-            source.write_to(writer, name)
-            step(name)
-
-
-def _writer(
-    source: SafetensorsSource | OrbaxSource,
-    out: Path,
-    request: Request | None,
-    *,
-    compress: bool,
-    overwrite: bool,
-) -> ArrayWriter:
-    metadata = {key: text for key, text in source.metadata.items() if key not in OWN}
-    if request is not None:
-        metadata["prunax.pattern"] = repr(request.pattern)
-        metadata.pop("prunax.sparsity", None)
-        if request.sparsity is not None:
-            metadata["prunax.sparsity"] = repr(request.sparsity)
-    leaves = {t.name: (t.shape, t.dtype_name) for t in source.tensors.values()}
-    kind = "params" if compress else None
-    return ArrayWriter(out, leaves, kind=kind, metadata=metadata, overwrite=overwrite)
-
-
-def _in_order(tensors: dict[str, Tensor]) -> Iterator[str]:
-    """Wide elements first, so that each tensor is aligned in the file; else the order of the source."""
-    return iter(sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize))
-
-
-def _nested(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Nested dicts from names with dots or slashes."""
-    tree: dict[str, Any] = {}
-    for name, array in arrays.items():
-        *folders, last = name.replace(".", "/").split("/")
-        if not all([*folders, last]):
-            raise UsageError(f"{name!r} has an empty part. Write a safetensors file.")
-        node = tree
-        for part in folders:
-            node = node.setdefault(part, {})
-            if not isinstance(node, dict):
-                raise UsageError(f"{name!r} lies within another tensor. Write a safetensors file.")
-        node[last] = array
-    return tree

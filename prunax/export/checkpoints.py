@@ -359,10 +359,13 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 def find_weights(folder: Path) -> str | None:
     """The name of the file that holds a folder's weights, or of the index to several; None if there is neither."""
-    names = sorted(f.name for f in folder.iterdir() if f.name.endswith((WEIGHTS, INDEX)))
+    held = sorted(f.name for f in folder.iterdir() if f.is_file())
+    names = [name for name in held if name.endswith((WEIGHTS, INDEX))]
     for preferred in ("model" + WEIGHTS, "model" + INDEX):
         if preferred in names:
             return preferred
+    if not any(name.endswith((INDEX, "config.json")) for name in held):
+        return None  # files that happen to lie here
     indices = [name for name in names if name.endswith(INDEX)]
     found = indices or names
     if len(found) > 1:

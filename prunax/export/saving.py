@@ -17,14 +17,17 @@ from prunax.export.checkpoints import (
     WEIGHTS,
     Checkpoint,
     Folder,
+    Orbax,
+    import_orbax,
     in_order,
     open_checkpoint,
 )
 from prunax.export.container import NAMES, Entry, Writer, header_room
-from prunax.export.store import OWN
+from prunax.export.store import OWN, ArrayWriter
 
 __all__ = ["save_checkpoint", "shrink_checkpoint"]
 
+FILES = (WEIGHTS, ".st", ".prunax")  # what such a name ends in is one file
 SHARD_SIZE = 5 * 10**9  # of Hugging Face's libraries
 _ROOM = 1 << 16  # for the header of a shard whose tensors are not known beforehand
 
@@ -209,6 +212,68 @@ class _Shard:
 
     def full(self, room: int, entry: Entry, size: int) -> bool:
         return self.header + room > self.writer.room or self.nbytes + entry.nbytes > size
+
+
+class OrbaxWriter:
+    """Holds tensors until all are there, and then writes an Orbax checkpoint."""
+
+    kind = "orbax"
+
+    def __init__(self, folder: Path, source: Orbax, *, overwrite: bool) -> None:
+        check_replaceable(folder, overwrite)
+        self.path, self._source = folder, source
+        self._place = atomic.Place(folder, overwrite=overwrite, folder=True)
+        self._arrays: dict[str, np.ndarray] = {}
+
+    def __enter__(self) -> "OrbaxWriter":
+        return self
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        try:
+            if kind is None:
+                tree = self._source.rebuild(self._arrays)
+                try:
+                    with import_orbax().StandardCheckpointer() as checkpointer:
+                        checkpointer.save(self._place.temporary.resolve(), tree, force=True)
+                except Exception as error:  # of many classes
+                    raise OSError(f"{self.path} cannot be written: {error}") from None
+                self._place.publish()
+        finally:
+            self._place.discard()
+
+    def add(self, name: str, array: np.ndarray) -> None:
+        """Take an array."""
+        self._arrays[name] = array
+
+
+def open_writer(
+    out: Path,
+    source: Checkpoint,
+    *,
+    compress: bool = False,
+    metadata: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> Any:
+    """Begin a checkpoint of the tensors of another.
+
+    Args:
+        out: The file to be, by its ending; or the folder, of the source's layout, or Hugging Face's for that of a file.
+        source: What is read.
+        compress: Whether a file stores kept weights only.
+        metadata: More texts.
+        overwrite: Whether it may be there already.
+
+    Returns:
+        A context manager with ``add(name, array)``.
+    """
+    if out.suffix not in FILES and isinstance(source, Orbax):
+        return OrbaxWriter(out, source, overwrite=overwrite)
+    if out.suffix not in FILES:
+        return FolderWriter(out, like=source, metadata=metadata, overwrite=overwrite)
+    texts = {k: v for k, v in source.metadata.items() if k not in OWN} | dict(metadata or {})
+    leaves = {t.name: (t.shape, t.dtype_name) for t in source.tensors.values()}
+    kind = "params" if compress else None
+    return ArrayWriter(out, leaves, kind=kind, metadata=texts, overwrite=overwrite)
 
 
 def check_replaceable(folder: Path, overwrite: bool) -> None:

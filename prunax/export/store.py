@@ -8,6 +8,7 @@ What each tensor of the container stands for is written in its metadata:
 ``prunax.version`` The prunax that wrote the file.
 ``prunax.leaves``  JSON: name -> encoding, dtype and shape, in tree order.
 ``prunax.sha256``  Checksum of the data and the header.
+``format``         ``prunax``, where Hugging Face's loaders look for ``pt`` and refuse others.
 =================  ===================================================================================================
 
 A tensor has its array's name. Its encoding is ``plain``, or ``bits`` (see `prunax.export.encoding`), ``mask`` (one bit
@@ -42,6 +43,7 @@ __all__ = ["ArrayReader", "ArrayWriter", "Stored"]
 FORMAT = "1"
 _ROWS = ("bits", "mask", "bytes")
 LEAVES = "prunax.leaves"
+FORMAT_BEFORE = "prunax.format_before"  # what `format` was in the file that was compressed
 # What prunax writes into a header by itself, besides the pattern and the sparsity.
 OWN = ("prunax.format", "prunax.kind", "prunax.version", LEAVES, DIGEST)
 
@@ -104,7 +106,10 @@ class ArrayWriter:
                 "prunax.format": FORMAT,
                 "prunax.kind": kind,
                 "prunax.version": importlib.metadata.version("prunax"),
+                "format": "prunax",  # so that nobody's loader takes packed bits for weights
             }
+            if "format" in metadata:
+                self._metadata[FORMAT_BEFORE] = metadata["format"]
         # No header can be longer than one with an axis more in each shape and only large numbers.
         total = sum(math.prod(shape) * 16 + 64 for shape, _ in leaves.values())
         longest = {n: Stored("plain", dtype, shape) for n, (shape, dtype) in leaves.items()}
@@ -170,7 +175,7 @@ class ArrayReader:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.reader = Reader(path)
         try:
-            self.metadata = self.reader.metadata
+            self.metadata = dict(self.reader.metadata)
             self.kind = self.metadata.get("prunax.kind")
             if self.kind is None:
                 if DIGEST in self.metadata or LEAVES in self.metadata:
@@ -182,6 +187,9 @@ class ArrayReader:
             else:
                 self.reader.verify()
                 self.leaves = self._stored_leaves()
+                before = self.metadata.pop(FORMAT_BEFORE, None)
+                self.metadata.pop("format", None)
+                self.metadata |= {} if before is None else {"format": before}
         except BaseException:
             self.reader.__exit__()
             raise
