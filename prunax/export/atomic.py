@@ -18,7 +18,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-__all__ = ["Place", "abandon", "check_absent", "naming"]
+__all__ = ["Place"]
 
 _UNFINISHED: set[Path] = set()
 _taking_a_name = False
