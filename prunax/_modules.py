@@ -1,4 +1,4 @@
-"""Public modules: they list what is public, say so when called like a function, and import names when asked for them."""
+"""Public modules: they list what is public, say so when called like a function, and import names when asked."""
 
 import importlib
 import sys
@@ -41,9 +41,7 @@ def show_public_names(package: str) -> None:
             module.__class__ = PublicModule
 
 
-def lazy(
-    package: str, public: Sequence[str], modules: Mapping[str, str]
-) -> Callable[[str], Any]:
+def lazy(package: str, public: Sequence[str], modules: Mapping[str, str]) -> Callable[[str], Any]:
     """Make the `__getattr__` of a package: the command line looks into a file without importing JAX.
 
     Args:
