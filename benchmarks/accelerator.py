@@ -6,7 +6,6 @@ itself needs; PyTorch joins in where it is installed. Without a GPU or TPU it ru
 rehearsal.
 """
 
-import argparse
 import faulthandler
 import functools
 import importlib.util
@@ -529,7 +528,7 @@ def tables(content: Mapping[str, Any]) -> dict[str, harness.Table]:
     environment = content["environment"]
     rehearsal = "" if content["accelerator"] else " (a rehearsal on a CPU, no accelerator)"
     title = f"{environment['devices'][0]}{rehearsal}, JAX {environment['packages']['jax']}"
-    return {STEM: harness.Table(title, ("row", "exact (checks)", "figures", "s"), lines)}
+    return {STEM: harness.Table(("row", "exact (checks)", "figures", "s"), lines, title=title)}
 
 
 def published(contents: Sequence[Mapping[str, Any]]) -> str:
@@ -546,11 +545,7 @@ def _text(value: Any) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line. Returns 1 where something is not exact or failed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.accelerator",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = harness.parser("accelerator", __doc__)
     add = parser.add_argument
     add(
         "--quick",
@@ -559,7 +554,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add("--only", default="", help="rows whose name holds this")
     add("--minutes", type=float, default=8, help="then it ends, wherever it is (8)")
-    add("--out", type=Path, default=harness.OUT, help="folder of the JSON (benchmarks/out)")
     args = parser.parse_args(sys.argv[1:] if arguments is None else list(arguments))
     # JAX would take most of the memory for itself, and PyTorch needs some.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -569,13 +563,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     memory = float((device.memory_stats() or {}).get("bytes_limit", 8e9)) if accelerator else 1e9
     name = re.sub(r"\W+", "-", device.device_kind.lower()).strip("-")
     file = args.out / f"{STEM}-{name}.json"
-    content: dict[str, Any] = {
-        "command": f"python -m benchmarks.accelerator{' --quick' if quick else ''}",
-        "environment": harness.environment(),
-        "accelerator": accelerator,
-        "complete": False,
-        "rows": [],
-    }
+    command = f"python -m benchmarks.accelerator{' --quick' if quick else ''}"
+    content = harness.content(command, accelerator=accelerator, complete=False, rows=[])
     chosen = {n: row for n, row in rows(QUICK if quick else FULL, memory).items() if args.only in n}
     console = Console()
     # The last half minute is for a row that has begun; then nothing holds the process, in whatever call it is.
@@ -592,7 +581,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         progress.update(task, advance=1, note="")
     faulthandler.cancel_dump_traceback_later()
-    harness.publish(file, "prunax on an accelerator", tables(content).values(), console)
+    harness.publish(file, "prunax on an accelerator", content, tables, console)
     wrong = failures(content)
     for line in wrong:
         console.print(f"NOT AS IT SHOULD BE: {line}", soft_wrap=True, highlight=False)

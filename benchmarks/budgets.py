@@ -8,12 +8,10 @@ the test images.
 import argparse
 import functools
 import itertools
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -197,9 +195,9 @@ def _allocations(title: str, runs: Sequence[Mapping[str, Any]]) -> harness.Table
         rows.append(
             (
                 LABELS[name],
-                _spread([f["searched_loss"] for f in of], 3),
-                _spread([f["test_loss"] for f in of], 3),
-                _spread([100 * f["test_accuracy"] for f in of], 1),
+                harness.spread([f["searched_loss"] for f in of], ".3f", 1),
+                harness.spread([f["test_loss"] for f in of], ".3f", 1),
+                harness.spread([f["test_accuracy"] for f in of], ".1f"),
                 " ".join(
                     f"{statistics.mean(100 * s for s in leaf):.1f}"
                     for leaf in zip(*(f["sparsities"].values() for f in of), strict=True)
@@ -207,7 +205,7 @@ def _allocations(title: str, runs: Sequence[Mapping[str, Any]]) -> harness.Table
             )
         )
     columns = "budgets", "loss searched on", "test loss", "test accuracy %", "pruned % by layer"
-    return harness.Table(title, columns, rows)
+    return harness.Table(columns, rows, title=title)
 
 
 def _limits(title: str, runs: Sequence[Mapping[str, Any]]) -> harness.Table:
@@ -217,11 +215,13 @@ def _limits(title: str, runs: Sequence[Mapping[str, Any]]) -> harness.Table:
         rows.append(
             (
                 LABELS[name] if name == "max_sparsity" else f"{LABELS[name]}, bisected",
-                _spread([100 * f["sparsity"] for f, _ in pairs], 2),
-                _spread([f["searched_loss"] - d["searched_loss"] for f, d in pairs], 4),
+                harness.spread([f["sparsity"] for f, _ in pairs]),
+                harness.spread(
+                    [f["searched_loss"] - d["searched_loss"] for f, d in pairs], ".4f", 1
+                ),
                 f"{max(f['searched_loss'] - d['searched_loss'] for f, d in pairs):.5f}",
-                _spread([f["test_loss"] - d["test_loss"] for f, d in pairs], 4),
-                _spread([100 * (f["test_accuracy"] - d["test_accuracy"]) for f, d in pairs], 2),
+                harness.spread([f["test_loss"] - d["test_loss"] for f, d in pairs], ".4f", 1),
+                harness.spread([f["test_accuracy"] - d["test_accuracy"] for f, d in pairs]),
             )
         )
     columns = (
@@ -232,12 +232,7 @@ def _limits(title: str, runs: Sequence[Mapping[str, Any]]) -> harness.Table:
         "increase in test loss",
         "test accuracy, points",
     )
-    return harness.Table(title, columns, rows)
-
-
-def _spread(values: Sequence[float], digits: int) -> str:
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+    return harness.Table(columns, rows, title=title)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -250,45 +245,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = "sparsity max_increase learning_rate images generations".split()
     settings = {name: getattr(args, name) for name in names} | {"epochs": EPOCHS | {"others": 5}}
     file = args.out / ("budgets-quick.json" if args.quick else "budgets.json")
-    records = []
-    if file.is_file() and not args.quick:
-        before = json.loads(file.read_text())
-        if before["settings"] != settings:
-            parser.error(
-                f"{file} holds results of other settings. Pass another --out, or move it away."
-            )
-        records = before["records"]
+    if args.quick:
+        file.unlink(missing_ok=True)
+    key = ("dataset", "network", "seed")
+    try:
+        results = harness.Results(file, settings, "python -m benchmarks.budgets", key)
+    except ValueError as error:
+        parser.error(str(error))
     jobs = list(itertools.product(args.datasets, args.networks, range(args.seeds)))
-    done = {(r["dataset"], r["network"], r["seed"]) for r in records}
     load = functools.cache(lambda name: methods.load(name, console))
-    content: dict[str, Any] = {}
     with harness.progress(console) as progress:
         task = progress.add_task("budgets", total=len(jobs), note="")
         for name, network, seed in jobs:
-            if (name, network, seed) not in done:
+            if results.find(name, network, seed) is None:
                 at = f"{name} {network} {seed}: "
                 note = lambda what, at=at: progress.update(task, note=at + what)  # noqa: E731
-                records.append(run(load(name), network, seed, args, note))
-            content = {
-                "command": "python -m benchmarks.budgets",
-                "environment": harness.environment(),
-                "settings": settings,
-                "records": records,
-            }
-            harness.write_json(file, content)
+                results.add(run(load(name), network, seed, args, note))
             progress.advance(task)
 
-    head = f"Budgets decided by the loss\n\nWritten by `{content['command']}`."
-    harness.publish(file, head, tables(content).values(), console)
+    head = f"Budgets decided by the loss\n\nWritten by `{results.command}`."
+    harness.publish(file, head, results.content, tables, console)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.budgets",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = harness.parser("budgets", __doc__, EXAMPLES)
     add = parser.add_argument
     add("--quick", action="store_true", help="digits, one seed, few generations")
     add("--datasets", nargs="+", default=["digits", "fashion_mnist"], metavar="NAME")
@@ -300,7 +280,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--images", type=int, default=4096, help="training images that the search looks at (4096)")
     add("--generations", type=int, default=32, help="of 8 networks each (32)")
     add("--batch-size", type=int, default=1, help="networks measured at once (1)")
-    add("--out", type=Path, default=harness.OUT, help="folder for the results (benchmarks/out)")
     return parser
 
 

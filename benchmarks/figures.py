@@ -75,7 +75,7 @@ def save_methods(file: Path, content: Mapping[str, Any], families: Mapping[str, 
         content: the results of `methods.py`.
         families: name and title of each panel.
     """
-    from benchmarks.method_recipes import METHODS
+    from benchmarks.recipes import METHODS
 
     networks = list(dict.fromkeys(r["network"] for r in content["records"]))
     figure = matplotlib.figure.Figure(

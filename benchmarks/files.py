@@ -6,11 +6,11 @@ and that beyond a process which looks at a file of one small tensor: Python and 
 pruned.
 """
 
-import argparse
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +94,8 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.files", description=__doc__)
+    parser = harness.parser("files", __doc__)
     parser.add_argument("file", type=Path)
-    parser.add_argument("--out", type=Path, default=harness.OUT)
     parser.add_argument(
         "--large", type=float, default=0.5, help="size in GB of one more file, made up"
     )
@@ -144,57 +143,53 @@ def main() -> None:
     console.print(
         f"{args.file.name}: {args.file.stat().st_size:,} bytes, largest tensor {max(sizes):,}, {header}"
     )
-    table = harness.Table(
-        f"{args.file.stat().st_size / MB:.0f} MB, {len(sizes)} tensors, the largest {max(sizes) / MB:.0f} MB",
-        [
-            "case",
-            "sparsity",
-            "size",
-            "peak MB",
-            "beyond baseline",
-            "seconds",
-            "bit-exact",
-            "inspect",
-        ],
-        [
-            [
-                r["case"],
-                f"{r['sparsity']:.2%} of {r['weights']:,}",
-                f"{r['ratio']:.3f}",
-                f"{r['peak'] / MB:.0f}",
-                f"{r['peak_beyond_baseline'] / MB:.0f}",
-                f"{r['seconds']:.1f}",
-                "yes" if r["bit_exact"] else "NO",
-                "yes" if r["inspect_confirms"] else "NO",
-            ]
-            for r in results
-        ],
+    content = harness.content(
+        "python -m benchmarks.files model.safetensors",
+        file={"size": args.file.stat().st_size, "largest_tensor": max(sizes), "bound": bound},
+        tensors=len(sizes),
+        baseline=baseline,
+        results=results,
+        large=largest,
     )
-    table_large = harness.Table(
-        "a made-up file of 64 MB tensors",
-        ["options", "file MB", "peak MB", "seconds"],
-        [
-            [
-                " ".join(r["options"]),
-                f"{r['file'] / MB:.0f}",
-                f"{r['peak'] / MB:.0f}",
-                f"{r['seconds']:.1f}",
-            ]
-            for r in largest
-        ],
-    )
-    content = {
-        "command": "python -m benchmarks.files model.safetensors",
-        "environment": harness.environment(),
-        "file": {"size": args.file.stat().st_size, "largest_tensor": max(sizes), "bound": bound},
-        "baseline": baseline,
-        "results": results,
-        "large": largest,
-    }
-    file = args.out / "files.json"
-    harness.write_json(file, content)
     note = f"Python and JAX alone: {baseline / MB:.0f} MB. File and largest tensor together: {bound / MB:.0f} MB."
-    harness.publish(file, f"`prunax prune` on a file\n\n{note}", [table, table_large], console)
+    head = f"`prunax prune` on a file\n\n{note}"
+    harness.publish(args.out / "files.json", head, content, tables, console)
+
+
+def tables(content: Mapping[str, Any]) -> dict[str, harness.Table]:
+    """The tables of a results file."""
+    file, tensors = content["file"], content["tensors"]
+    rows = [
+        [
+            r["case"],
+            f"{r['sparsity']:.2%} of {r['weights']:,}",
+            f"{r['ratio']:.3f}",
+            f"{r['peak'] / MB:.0f}",
+            f"{r['peak_beyond_baseline'] / MB:.0f}",
+            f"{r['seconds']:.1f}",
+            "yes" if r["bit_exact"] else "NO",
+            "yes" if r["inspect_confirms"] else "NO",
+        ]
+        for r in content["results"]
+    ]
+    columns = "case,sparsity,size,peak MB,beyond baseline,seconds,bit-exact,inspect".split(",")
+    title = f"{file['size'] / MB:.0f} MB, {tensors} tensors, the largest {file['largest_tensor'] / MB:.0f} MB"
+    large = [
+        [
+            " ".join(r["options"]),
+            *(f"{r[name] / MB:.0f}" for name in ("file", "peak")),
+            f"{r['seconds']:.1f}",
+        ]
+        for r in content["large"]
+    ]
+    return {
+        "files": harness.Table(columns, rows, title=title),
+        "files/large": harness.Table(
+            ("options", "file MB", "peak MB", "seconds"),
+            large,
+            title="a made-up file of 64 MB tensors",
+        ),
+    }
 
 
 if __name__ == "__main__":

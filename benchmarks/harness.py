@@ -1,5 +1,6 @@
-"""What every benchmark shares: where it ran, tables, progress, files, and fair timing."""
+"""What every benchmark shares: its command line, where it ran, files, progress, and fair timing."""
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -8,43 +9,17 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import rich.console
 import rich.progress
-import rich.table
 
 import prunax
+from prunax.reports import Table
 
 OUT = Path(__file__).parent / "out"
 PACKAGES = "jax jaxlib flax optax numpy torch scikit-learn tensorflow-datasets grain".split()
-
-
-class Table(NamedTuple):
-    """Rows of text under columns: prints as a rich table, and turns into Markdown.
-
-    Attributes:
-        title: above the table.
-        columns: the headings. The first column is aligned left, the others right.
-        rows: one text for each column.
-    """
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-    def __rich__(self) -> rich.table.Table:
-        table = rich.table.Table(title=self.title)
-        for i, column in enumerate(self.columns):
-            table.add_column(column, justify="right" if i else "left")
-        for row in self.rows:
-            table.add_row(*row)
-        return table
-
-    def markdown(self) -> str:
-        rule = ["---", *["---:"] * (len(self.columns) - 1)]
-        return "\n".join(f"| {' | '.join(row)} |" for row in (self.columns, rule, *self.rows))
 
 
 def environment() -> dict[str, Any]:
@@ -66,6 +41,34 @@ def environment() -> dict[str, Any]:
     }
 
 
+def parser(name: str, about: str | None, epilog: str | None = None) -> argparse.ArgumentParser:
+    """The command line of a benchmark: its name, its module's text, examples, and where results go."""
+    made = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{name}",
+        description=about,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument(
+        "--out", type=Path, default=OUT, help="folder of the results (benchmarks/out)"
+    )
+    return made
+
+
+def content(command: str, **figures: Any) -> dict[str, Any]:
+    """What a results file holds: the command that made it, the machine, and the figures."""
+    return {"command": command, "environment": environment(), **figures}
+
+
+def spread(values: Sequence[float], form: str = ".2f", scale: float = 100) -> str:
+    """Mean, and standard deviation where there are several, of shares in percent."""
+    points = [scale * v for v in values]
+    mean = format(statistics.mean(points), form)
+    if len(points) < 2:
+        return mean
+    return f"{mean} ± {format(statistics.stdev(points), form.lstrip('+'))}"
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes a JSON file, and its folder where needed. The file is whole at every moment."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,15 +77,70 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     written.replace(path)
 
 
+class Results:
+    """A results file of records: what is done, and settings that must stay the same for it to go on.
+
+    Args:
+        path: the file, read where it is there.
+        settings: what all records have in common.
+        command: that makes it.
+        key: which of a record's values tell it from the others.
+
+    Raises:
+        ValueError: the file holds results of other settings.
+    """
+
+    def __init__(
+        self, path: Path, settings: Mapping[str, Any], command: str, key: Sequence[str]
+    ) -> None:
+        self.path, self.command, self.key = path, command, tuple(key)
+        self.settings = json.loads(json.dumps(settings))
+        self.records: list[dict[str, Any]] = []
+        if path.is_file():
+            before = json.loads(path.read_text())
+            if before["settings"] != self.settings:
+                different = [k for k, v in self.settings.items() if before["settings"].get(k) != v]
+                raise ValueError(
+                    f"{path} holds results of other settings ({', '.join(different)}). "
+                    "Pass another --out, or move it away."
+                )
+            self.records = before["records"]
+
+    def _of(self, record: Mapping[str, Any]) -> tuple[Any, ...]:
+        return tuple(record[name] for name in self.key)
+
+    def find(self, *key: Any) -> dict[str, Any] | None:
+        """The record of a key."""
+        return next((r for r in self.records if self._of(r) == key), None)
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What the file holds."""
+        return content(self.command, settings=self.settings, records=self.records)
+
+    def add(self, *records: dict[str, Any]) -> None:
+        """Takes in records, in the place of those of the same key, and writes the file."""
+        for new in records:
+            self.records = [r for r in self.records if self._of(r) != self._of(new)] + [new]
+        write_json(self.path, self.content)
+
+
 def write_markdown(file: Path, head: str, tables: Iterable[Table]) -> None:
     """Writes tables under a heading, and what more `head` says, into the Markdown file beside a JSON file."""
     texts = [f"## {table.title}\n\n{table.markdown()}\n" for table in tables]
     file.with_suffix(".md").write_text("\n".join([f"# {head}\n", *texts]))
 
 
-def publish(file: Path, head: str, tables: Iterable[Table], console: rich.console.Console) -> None:
-    """Prints tables, and writes them as Markdown beside the JSON file that they are made of."""
-    tables = list(tables)
+def publish(
+    file: Path,
+    head: str,
+    content: Mapping[str, Any],
+    make: Callable[[Mapping[str, Any]], Mapping[str, Table]],
+    console: rich.console.Console,
+) -> None:
+    """Writes a JSON file and, beside it, what `make` makes of it as Markdown under a heading; prints the tables."""
+    write_json(file, content)
+    tables = list(make(content).values())
     write_markdown(file, head, tables)
     console.print(*tables)
     console.print(f"Figures: {file.with_suffix('.*')}", soft_wrap=True, highlight=False)

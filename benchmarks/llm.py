@@ -312,7 +312,7 @@ def tables(content: Mapping[str, Any]) -> dict[str, harness.Table]:
 
     def table(title: str, show: Callable[[Result], str]) -> harness.Table:
         rows = [[m, *(show(by[m, t]) if (m, t) in by else "" for t in targets)] for m in methods]
-        return harness.Table(title, ["method", *targets], rows)
+        return harness.Table(["method", *targets], rows, title=title)
 
     made = {
         f"llm/{text}": table(
@@ -363,12 +363,7 @@ def plot(dense: dict[str, float], results: Sequence[Result], path: Path) -> None
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.llm",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = harness.parser("llm", __doc__, EXAMPLES)
     add = parser.add_argument
     add("--model", type=Path, required=True, help="the wheel, or the GGUF file in it")
     add("--method", nargs="+", choices=METHODS, default=DEFAULT)
@@ -380,7 +375,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     named = {"nargs": "+", "type": lambda x: x.split("=", 1), "default": [], "metavar": "NAME=FILE"}
     add("--text", **named, help="more texts to evaluate on")
     add("--calibrate-on", **named, help="more texts to calibrate on")
-    add("--out", type=Path, default=harness.OUT)
     args = parser.parse_args(arguments)
     args.target = [t if isinstance(t, Target) else Target.parse(t) for t in args.target]
     return args

@@ -1,7 +1,7 @@
 """The training loop: pure functions to compile, scan over, or map over seeds.
 
-`epoch` is one pass over the training images, on the device and inside `lax.scan`. A whole run is
-`lax.scan` over `epoch`; `fit` is the same from Python, telling a progress bar after each epoch.
+`train_epoch` is one pass over the training images, on the device and inside `lax.scan`; `epoch` evaluates after it. A
+whole run is `lax.scan` over either, or a loop in Python that tells a progress bar after each epoch.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ class State(NamedTuple):
 class Metrics(NamedTuple):
     """Scalars after an epoch; arrays over epochs once stacked."""
 
-    loss: jax.Array  # mean over the epoch, the penalty included
+    loss: jax.Array  # mean over the epoch
     accuracy: jax.Array  # on the test images, in [0, 1]
     sparsity: jax.Array  # fraction of the prunable weights that are exactly zero
 
@@ -48,7 +48,6 @@ def epoch(
     state: State,
     *,
     batch_size: int,
-    l1: float | jax.Array = 0.0,
 ) -> tuple[State, Metrics]:
     """Trains for one epoch and evaluates.
 
@@ -58,12 +57,11 @@ def epoch(
         data: images and labels. The last images of an epoch that fill no batch are left out of it.
         state: parameters, optimizer state, and the key that shuffles.
         batch_size: images a step.
-        l1: weight of the penalty, the sum of |w| over the kernels.
 
     Returns:
         The next state, and the metrics after this epoch.
     """
-    state, loss = train_epoch(apply, optimizer, data, state, batch_size=batch_size, l1=l1)
+    state, loss = train_epoch(apply, optimizer, data, state, batch_size=batch_size)
     accuracy = evaluate(apply, state.params, data.test_images, data.test_labels)
     return state, Metrics(loss, accuracy, sparsity(state.params))
 
@@ -75,7 +73,6 @@ def train_epoch(
     state: State,
     *,
     batch_size: int,
-    l1: float | jax.Array = 0.0,
 ) -> tuple[State, jax.Array]:
     """`epoch` without the evaluation. Returns the next state and the mean loss."""
     key, shuffle = jax.random.split(state.key)
@@ -85,8 +82,7 @@ def train_epoch(
 
     def loss_fn(params: PyTree, images: jax.Array, labels: jax.Array) -> jax.Array:
         logits = apply(params, images)
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-        return loss + l1 * prunax.penalties.l1(params)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     def step(carry: tuple[PyTree, Any], rows: jax.Array) -> tuple[tuple[PyTree, Any], jax.Array]:
         params, opt_state = carry

@@ -23,8 +23,8 @@ import optax
 import rich.console
 
 import prunax
-from benchmarks import datasets, figures, harness, loop, method_recipes, models
-from benchmarks.method_recipes import METHODS, Budget, Recipe
+from benchmarks import datasets, figures, harness, loop, models, recipes
+from benchmarks.recipes import METHODS, Budget, Recipe
 
 PyTree = Any
 
@@ -237,8 +237,8 @@ def lottery(
     early = max(round(rewind * budget.epochs), 1)
     late = budget._replace(begin=early)
     dense = METHODS["dense"].recipe(budget, 0.0)
-    under_masks = Recipe(method_recipes.under_masks(budget))
-    under_masks_late = Recipe(method_recipes.under_masks(late))
+    under_masks = Recipe(recipes.under_masks(budget))
+    under_masks_late = Recipe(recipes.under_masks(late))
 
     @jax.jit
     def start(params: PyTree, key: jax.Array, data: loop.Data) -> PyTree:
@@ -352,57 +352,19 @@ def _numbers(values: Any) -> list[float]:
     return [round(float(v), 6) for v in np.asarray(values)]
 
 
-class Results:
-    """The results file: what is done, and settings that must stay the same for it to go on."""
+class Results(harness.Results):
+    """Results by network, method and sparsity, for as long as the method's options stay the same."""
 
     def __init__(
         self, path: Path, settings: Mapping[str, Any], command: str = "python -m benchmarks.methods"
     ) -> None:
-        self.path, self.command = path, command
-        self.settings = json.loads(json.dumps(settings))
-        self.records: list[dict[str, Any]] = []
-        if path.is_file():
-            content = json.loads(path.read_text())
-            if content["settings"] != self.settings:
-                different = [k for k, v in self.settings.items() if content["settings"].get(k) != v]
-                raise ValueError(
-                    f"{path} holds results of other settings ({', '.join(different)}). "
-                    "Pass another --out, or move it away."
-                )
-            self.records = content["records"]
+        super().__init__(path, settings, command, ("network", "method", "sparsity"))
 
     def find(self, network: str, method: str, sparsity: float) -> dict[str, Any] | None:
         """The result of a method at a sparsity, unless its options have changed since."""
+        found = super().find(network, method, sparsity)
         options = json.loads(json.dumps(METHODS[method].options))
-        return next(
-            (
-                r
-                for r in self.records
-                if (r["network"], r["method"], r["sparsity"]) == (network, method, sparsity)
-                and r["options"] == options
-            ),
-            None,
-        )
-
-    def add(self, *records: dict[str, Any]) -> None:
-        """Takes in results and writes the file, whole or not at all."""
-        for new in records:
-            key = new["network"], new["method"], new["sparsity"]
-            self.records = [
-                r for r in self.records if (r["network"], r["method"], r["sparsity"]) != key
-            ]
-            self.records.append(new)
-        partial = self.path.with_suffix(".partial")
-        harness.write_json(
-            partial,
-            {
-                "command": self.command,
-                "environment": harness.environment(),
-                "settings": self.settings,
-                "records": self.records,
-            },
-        )
-        partial.replace(self.path)
+        return found if found and found["options"] == options else None
 
 
 def compare(
@@ -563,30 +525,24 @@ def accuracy_table(records: Sequence[Mapping[str, Any]], network: str) -> harnes
         if not found:
             continue
         if method == "dense":
-            cells = [spread(found[0.0]["test_accuracy"])] + [""] * (len(sparsities) - 1)
+            cells = [harness.spread(found[0.0]["test_accuracy"])] + [""] * (len(sparsities) - 1)
         else:
             cells = [_cell(found.get(sparsity)) for sparsity in sparsities]
         rows.append((method, *cells))
     return harness.Table(
-        f"{NETWORKS[network]}: test accuracy, %",
         ("method", *(f"{s:.0%}" for s in sparsities)),
         rows,
+        title=f"{NETWORKS[network]}: test accuracy, %",
     )
 
 
 def _cell(record: Mapping[str, Any] | None) -> str:
     if record is None:
         return ""
-    text = spread(record["test_accuracy"])
+    text = harness.spread(record["test_accuracy"])
     if record["method"] == "proximal-l1":
         text += f" at {statistics.mean(record['realised_sparsity']):.1%}"
     return text
-
-
-def spread(values: Sequence[float], form: str = ".2f") -> str:
-    points = [100 * v for v in values]
-    mean = format(statistics.mean(points), form)
-    return f"{mean} ± {statistics.stdev(points):.2f}" if len(points) > 1 else mean
 
 
 def claims_table(records: Sequence[Mapping[str, Any]], network: str) -> harness.Table:
@@ -615,12 +571,12 @@ def claims_table(records: Sequence[Mapping[str, Any]], network: str) -> harness.
             (
                 f"{one[0]} at {sparsity:.0%} against {other[0]}",
                 f"{least:+.1f}",
-                spread(differences, "+.2f"),
+                harness.spread(differences, "+.2f"),
                 "yes" if 100 * statistics.mean(differences) >= least else "no",
             )
         )
     columns = "difference in points of test accuracy", "at least", "found", "met"
-    return harness.Table(f"{NETWORKS[network]}: expectations", columns, rows)
+    return harness.Table(columns, rows, title=f"{NETWORKS[network]}: expectations")
 
 
 def fan_in_table(records: Sequence[Mapping[str, Any]], network: str) -> harness.Table:
@@ -635,7 +591,7 @@ def fan_in_table(records: Sequence[Mapping[str, Any]], network: str) -> harness.
             cells = f"{r['sparsity']:.0%}", f"{kept:.2%}", f"{statistics.mean(largest):.0f}"
             rows.append((f"{r['method']}, {layer}", *cells))
     columns = "method, layer", "sparsity", "connections left", "most at one unit"
-    return harness.Table(f"{NETWORKS[network]}: where connections are", columns, rows)
+    return harness.Table(columns, rows, title=f"{NETWORKS[network]}: where connections are")
 
 
 def tables(content: Mapping[str, Any], stem: str = "methods") -> dict[str, harness.Table]:
@@ -706,15 +662,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             on_result=lambda _: progress.update(task, advance=1),
         )
 
-    content = json.loads(results.path.read_text())
+    content = results.content
     kind = "held-out training" if args.validation else "test"
     head = (
         f"Methods on {dataset.name}\n\nWritten by `{content['command']}`: mean ± standard deviation of "
         f"{args.seeds} seeds on {len(dataset.test_labels)} {kind} images, "
         f"{', '.join(f'{NETWORKS[n]} after {b.epochs} epochs' for n, b in budgets.items())}."
     )
-    harness.publish(results.path, head, tables(content).values(), console)
-    figures.save_methods(results.path.with_suffix(".png"), content, method_recipes.FAMILIES)
+    harness.publish(results.path, head, content, tables, console)
+    figures.save_methods(results.path.with_suffix(".png"), content, recipes.FAMILIES)
     console.print(f"{time.perf_counter() - begin:.0f} s in all, compilation included.")
 
 
@@ -743,12 +699,7 @@ def load(name: str, console: rich.console.Console) -> datasets.Dataset:
 
 def _parser() -> argparse.ArgumentParser:
     methods = "\n".join(f"  {name:<17}{method.about}" for name, method in METHODS.items())
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.methods",
-        description=__doc__,
-        epilog=f"{EXAMPLES}\nmethods:\n{methods}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = harness.parser("methods", __doc__, f"{EXAMPLES}\nmethods:\n{methods}")
     add = parser.add_argument
     add("--quick", action="store_true", help="few methods and sparsities, short training")
     add(
@@ -767,7 +718,6 @@ def _parser() -> argparse.ArgumentParser:
         help="of each run (what sees 600,000 images, half of it with LeNet-5)",
     )
     add("--validation", action="store_true", help="hold out training images and evaluate on them")
-    add("--out", type=Path, default=harness.OUT, help="folder of the results (benchmarks/out)")
     return parser
 
 

@@ -6,12 +6,10 @@ pruned calls take turns; each ratio is the median over the turns of the ratio wi
 the machine falls on both.
 """
 
-import argparse
 import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -180,14 +178,13 @@ def tables(content: Mapping[str, Any]) -> dict[str, harness.Table]:
     ]
     columns = "training: masks", "ms a step", "against dense", "mask bytes / params bytes"
     title = f"Adam, batch {BATCH}, float32, 90% pruned; medians"
-    return {"overhead": harness.Table(title, columns, rows)}
+    return {"overhead": harness.Table(columns, rows, title=title)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=__doc__)
+    parser = harness.parser("overhead", __doc__)
     parser.add_argument("--quick", action="store_true", help="fewer turns")
     parser.add_argument("--only", help="cases whose name holds this")
-    parser.add_argument("--out", type=Path, default=harness.OUT)
     args = parser.parse_args()
     console = Console()
     chosen = {n: c for n, c in cases(optax.adam(1e-3)).items() if (args.only or "") in n}
@@ -206,14 +203,9 @@ def main() -> None:
             results[name]["mask bytes / params bytes"] = {
                 n: round(mask_bytes(run), 5) for n, run in pruned.items()
             }
-    content = {
-        "command": "python -m benchmarks.overhead",
-        "environment": harness.environment(),
-        "results": results,
-    }
+    content = harness.content("python -m benchmarks.overhead", results=results)
     file = args.out / "overhead.json"
-    harness.write_json(file, content)
-    harness.publish(file, "What pruning adds to training", tables(content).values(), console)
+    harness.publish(file, "What pruning adds to training", content, tables, console)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,8 @@ Masks are those of `compute_masks` on random normal weights. `Block((64, 64)), e
 block columns instead. What `export.fastest` chooses is timed once more, beside dense, in turns of its own.
 """
 
-import argparse
 import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +18,7 @@ from benchmarks import harness
 from prunax import export
 from prunax.patterns import NM, Block, ConstantFanIn, Pattern, Unstructured
 
+COMMAND = "python -m benchmarks.packed"
 SHAPES = [(1024, 1024), (1024, 4096), (4096, 4096)]
 BATCHES = [1, 16, 128, 512]
 SPARSITIES = [0.5, 0.75, 0.9, 0.95, 0.98]
@@ -112,7 +111,9 @@ def speedups(results: list[dict[str, Any]]) -> harness.Table:
         ]
         rows.append([key[0], " x ".join(map(str, key[1])), f"{key[2]:.1%}", *cells])
     columns = ["pattern", "shape", "sparsity", *(f"batch {b}" for b in batches)]
-    return harness.Table("times as fast as dense; (dense): what `fastest` keeps", columns, rows)
+    return harness.Table(
+        columns, rows, title="times as fast as dense; (dense): what `fastest` keeps"
+    )
 
 
 def where_it_pays(results: list[dict[str, Any]]) -> harness.Table:
@@ -132,7 +133,9 @@ def where_it_pays(results: list[dict[str, Any]]) -> harness.Table:
             cells.append("" if not mine else "never" if pays is None else f"{pays:.1%}")
         rows.append([pattern, " x ".join(map(str, shape)), *cells])
     return harness.Table(
-        "pays from this sparsity on", ["pattern", "shape", *(f"batch {b}" for b in batches)], rows
+        ["pattern", "shape", *(f"batch {b}" for b in batches)],
+        rows,
+        title="pays from this sparsity on",
     )
 
 
@@ -142,21 +145,11 @@ def tables(content: Mapping[str, Any]) -> dict[str, harness.Table]:
     return {"packed": speedups(results), "packed/pays": where_it_pays(results)}
 
 
-def _save(file: Path, results: list[dict[str, Any]]) -> None:
-    content = {
-        "command": "python -m benchmarks.packed",
-        "environment": harness.environment(),
-        "results": results,
-    }
-    harness.write_json(file, content)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.packed", description=__doc__)
+    parser = harness.parser("packed", __doc__)
     parser.add_argument("--part", choices=["blocks", "inputs", "all"], default="all")
     parser.add_argument("--shape", type=int, nargs=2, help="this shape only")
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--out", type=Path, default=harness.OUT, help="figures there are added to")
     args = parser.parse_args()
     console = Console()
     file = args.out / "packed.json"
@@ -173,12 +166,13 @@ def main() -> None:
                 if (r["pattern"], tuple(r["shape"]), r["sparsity"], r["batch"]) not in places
             ] + new
             results.sort(key=lambda r: (r["pattern"], [*r["shape"]], r["sparsity"], r["batch"]))
-            _save(file, results)  # at once: what was measured stays, should the rest not be
+            # At once: what was measured stays, should the rest not be.
+            harness.write_json(file, harness.content(COMMAND, results=results))
             progress.update(task, advance=1, note=f"{name}, {shape[0]} x {shape[1]}")
     slowest = min(r["chosen_speedup"] for r in results)
     text = f"What `fastest` chose, timed again, was at least {slowest:.2f} times as fast as dense."
-    shown = tables({"results": results}).values()
-    harness.publish(file, f"Packed weights, float32\n\n{text}", shown, console)
+    content = harness.content(COMMAND, results=results)
+    harness.publish(file, f"Packed weights, float32\n\n{text}", content, tables, console)
     console.print(text)
 
 

@@ -6,11 +6,9 @@ with noise, blur, changed brightness or a hidden patch, and under attacks by the
 
 import argparse
 import functools
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -175,13 +173,13 @@ def robustness_table(content: Mapping[str, Any], network: str) -> harness.Table:
                 r["method"],
                 sparsity,
                 f"{mean['train']:.2f}",
-                methods.spread(r["accuracy"]["test"]),
+                harness.spread(r["accuracy"]["test"]),
                 f"{mean['train'] - mean['test']:.2f}",
-                *(methods.spread(r["accuracy"][name]) for name in PERTURBATIONS),
+                *(harness.spread(r["accuracy"][name]) for name in PERTURBATIONS),
             )
         )
     title = f"{methods.NETWORKS[network]}: accuracy, %, clean and perturbed"
-    return harness.Table(title, columns, rows)
+    return harness.Table(columns, rows, title=title)
 
 
 def tables(content: Mapping[str, Any]) -> dict[str, harness.Table]:
@@ -230,13 +228,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 results.add(new | {"options": methods.METHODS[method].options})
             progress.advance(task)
 
-    content = json.loads(file.read_text())
+    content = results.content
     about = "\n".join(f"- {name}: {f.__doc__}" for name, f in PERTURBATIONS.items())
     head = (
         f"Robustness on {dataset.name}\n\nWritten by `{content['command']}`: mean ± standard deviation of "
         f"{args.seeds} seeds, {budget.epochs} epochs. Attacks reach {EPSILON} in pixel values of [0, 1].\n\n{about}"
     )
-    harness.publish(file, head, tables(content).values(), console)
+    harness.publish(file, head, content, tables, console)
     figures.save_robustness(file.with_suffix(".png"), content)
     console.print(f"{time.perf_counter() - begin:.0f} s in all, compilation included.")
 
@@ -245,12 +243,7 @@ def _parser() -> argparse.ArgumentParser:
     trained_once = [
         name for name, method in methods.METHODS.items() if method.recipe and name != "dense"
     ]
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.robustness",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = harness.parser("robustness", __doc__, EXAMPLES)
     add = parser.add_argument
     add("--quick", action="store_true", help="few methods and sparsities, short training")
     add("--dataset", default="fashion_mnist", help="(fashion_mnist; digits where it is not there)")
@@ -259,7 +252,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--sparsities", nargs="+", type=float, help="(0.8 0.9 0.95 0.98 0.99)")
     add("--seeds", type=int, help="how many (3)")
     add("--epochs", type=int, help="of each run (as methods.py)")
-    add("--out", type=Path, default=harness.OUT, help="folder of the results (benchmarks/out)")
     return parser
 
 

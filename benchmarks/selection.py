@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -172,7 +171,6 @@ def tables(content: Mapping[str, Any]) -> dict[str, harness.Table]:
     results = content["results"]
     names = list(dict.fromkeys(name for r in results for name in r["seconds"]))
     times = harness.Table(
-        "Milliseconds (median), float32",
         ["input, size, sparsity", *names],
         [
             [
@@ -181,19 +179,20 @@ def tables(content: Mapping[str, Any]) -> dict[str, harness.Table]:
             ]
             for r in results
         ],
+        title="Milliseconds (median), float32",
     )
     first = harness.Table(
-        "First call of compute_masks in a fresh process, no compilation cache",
         ["leaves, allocation", "seconds"],
         [
             [f"{r['leaves']}, {r['allocation']}", f"{r['seconds']:.1f}"]
             for r in content["first call"]
         ],
+        title="First call of compute_masks in a fresh process, no compilation cache",
     )
     memory = harness.Table(
-        "Memory of compute_masks, bytes relative to the params'",
         ["masks", "result", "while it runs"],
         [[n, f"{m['masks']:.2f}", f"{m['temporary']:.2f}"] for n, m in content["stored"].items()],
+        title="Memory of compute_masks, bytes relative to the params'",
     )
     return {
         "selection": times,
@@ -212,9 +211,9 @@ def rivals_table(results: Sequence[Mapping[str, Any]]) -> harness.Table:
         if (r["input"], r["size"], r["sparsity"]) == ("normal", 10**7, 0.9)
     )
     return harness.Table(
-        "The mask of 10 million float32 weights at 90%",
         ["way", "ms", "relative to prunax"],
         [[n, f"{1e3 * s:.1f}", f"{s / seconds['prunax']:.1f}"] for n, s in seconds.items()],
+        title="The mask of 10 million float32 weights at 90%",
     )
 
 
@@ -257,19 +256,18 @@ def expectations(content: Mapping[str, Any]) -> harness.Table:
     extra = memory["masks"] + memory["temporary"]
     rows.append(("extra memory / params, uniform", "at most 1.3", extra, extra <= 1.3))
     return harness.Table(
-        "Expectations",
         ["what", "expected", "found", "met"],
         [
             (what, limit, f"{found:.2f}", {True: "yes", False: "no", None: ""}[met])
             for what, limit, found, met in rows
         ],
+        title="Expectations",
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.selection", description=__doc__)
+    parser = harness.parser("selection", __doc__)
     parser.add_argument("--quick", action="store_true", help="10 million only, fewer repeats")
-    parser.add_argument("--out", type=Path, default=harness.OUT)
     parser.add_argument("--cold", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.cold:
@@ -281,14 +279,8 @@ def main() -> None:
         )
         return
     console = Console()
-    content = {
-        "command": "python -m benchmarks.selection",
-        "environment": harness.environment(),
-        **measure_all(args.quick, console),
-    }
-    file = args.out / "selection.json"
-    harness.write_json(file, content)
-    harness.publish(file, "Mask selection", tables(content).values(), console)
+    content = harness.content("python -m benchmarks.selection", **measure_all(args.quick, console))
+    harness.publish(args.out / "selection.json", "Mask selection", content, tables, console)
 
 
 if __name__ == "__main__":

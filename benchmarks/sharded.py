@@ -5,12 +5,10 @@ mask it the compiled program is read: collectives by kind, and temporary memory 
 holds. The rival is the usual way, all magnitudes concatenated and sorted.
 """
 
-import argparse
 import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 FLAG = "--xla_force_host_platform_device_count"
@@ -137,14 +135,13 @@ def tables(content: Mapping[str, Any]) -> dict[str, harness.Table]:
         "as on one device",
         "ms",
     )
-    return {"sharded": harness.Table("Masks of sharded params", columns, rows)}
+    return {"sharded": harness.Table(columns, rows, title="Masks of sharded params")}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.sharded", description=__doc__)
+    parser = harness.parser("sharded", __doc__)
     parser.add_argument("--size", type=int, default=1024, help="rows and columns of each matrix")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=harness.OUT)
     args = parser.parse_args()
     console = Console()
     count = len(jax.devices())
@@ -161,15 +158,13 @@ def main() -> None:
                 results.append(measure(name, mesh, host, params, args.repeats))
                 progress.update(task, advance=1)
     file = args.out / "sharded.json"
-    content = {
-        "command": "python -m benchmarks.sharded",
-        "environment": harness.environment(),
-        "mesh": dict(zip(("data", "model"), shape, strict=True)),
-        "params": {name: [args.size, args.size] for name in SPECS},
-        "results": results,
-    }
-    harness.write_json(file, content)
-    harness.publish(file, "Mask selection on shards", tables(content).values(), console)
+    content = harness.content(
+        "python -m benchmarks.sharded",
+        mesh=dict(zip(("data", "model"), shape, strict=True)),
+        params={name: [args.size, args.size] for name in SPECS},
+        results=results,
+    )
+    harness.publish(file, "Mask selection on shards", content, tables, console)
 
 
 if __name__ == "__main__":

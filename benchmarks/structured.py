@@ -326,7 +326,7 @@ def _result_table(content: Mapping[str, Any]) -> harness.Table:
         f"{content['dataset']}, {content['images']['train']:,} training images, {settings['epochs']} epochs and "
         f"{settings['fine_tune']} of fine-tuning (the dense networks too), one seed, batch of {settings['batch']}"
     )
-    return harness.Table(title, columns, lines)
+    return harness.Table(columns, lines, title=title)
 
 
 def _stress_table(found: Mapping[str, Any]) -> harness.Table:
@@ -345,7 +345,7 @@ def _stress_table(found: Mapping[str, Any]) -> harness.Table:
         f"{found['free_groups']} groups that may shrink among {found['leaves']} leaves, "
         f"found in {found['analysis_seconds']:.1f} s"
     )
-    return harness.Table(title, ("network", "params", "GFLOPs", "ms"), lines)
+    return harness.Table(("network", "params", "GFLOPs", "ms"), lines, title=title)
 
 
 def draw(content: Mapping[str, Any], file: Path) -> None:
@@ -412,8 +412,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.part in ("smollm", "all"):
         content["smollm"] = stress(args)
     content |= {"environment": harness.environment() | {"usable_cores": _usable_cores()}}
-    harness.write_json(file, content)
-    harness.publish(file, "Structural pruning", tables(content).values(), console)
+    harness.publish(file, "Structural pruning", content, tables, console)
     if content.get("rows"):
         draw(content, file.with_suffix(".png"))
 
@@ -425,12 +424,7 @@ def _usable_cores() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.structured",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = harness.parser("structured", __doc__, EXAMPLES)
     add = parser.add_argument
     add("--part", choices=["train", "time", "smollm", "all"], default="all", help="(all)")
     add("--minutes", type=float, default=1e6, help="stop training after so long")
@@ -446,7 +440,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--repeats", type=int, default=30, help="timed calls (30)")
     add("--seed", type=int, default=0, help="(0)")
     add("--quick", action="store_true", help="digits, one epoch each: does it run?")
-    add("--out", type=Path, default=harness.OUT, help="folder of the results (benchmarks/out)")
     return parser
 
 

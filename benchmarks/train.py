@@ -11,7 +11,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +19,8 @@ from rich.console import Console
 
 import prunax
 from benchmarks import datasets, figures, harness, loop, models, recipes
+from benchmarks.recipes import Budget, Method, gradual
+from prunax import allocation, reports, scores
 
 EXAMPLES = """\
 examples:
@@ -29,13 +30,44 @@ examples:
   python -m benchmarks.train --dataset cifar10 --model resnet --epochs 20 --method magnitude
 """
 # The defaults below were chosen on digits by --validation: the test images had no part in it.
+MIDDLE = {"begin": 0.2, "end": 0.7, "updates": 50}
+METHODS = {
+    name: Method("", about, recipe, options)
+    for name, about, recipe, options in (
+        ("dense", "no pruning", recipes.dense, {}),
+        ("magnitude", "|w|, gradually, within each layer", gradual, MIDDLE),
+        ("saliency", "|w g| of one batch, likewise", gradual, MIDDLE | {"score": scores.saliency}),
+        ("gradient", "|g| of one batch, likewise", gradual, MIDDLE | {"score": scores.gradient}),
+        ("random", "at random, likewise", gradual, MIDDLE | {"score": scores.random}),
+        (
+            "global",
+            "|w|, gradually, layers ranked together",
+            gradual,
+            MIDDLE | {"allocation": allocation.global_ranking},
+        ),
+        (
+            "l1",
+            "an L1 penalty, then a threshold, then fine-tuning",
+            recipes.l1,
+            {"strength": 6e-4, "threshold": 1e-3, "end": 0.7},
+        ),
+        (
+            "one-shot",
+            "|w|, all at once, then fine-tuning",
+            recipes.one_shot,
+            {"at": 0.5, "allocation": allocation.uniform},
+        ),
+    )
+}
+# What the target is a share of: each layer's weights, unless it says otherwise here.
+POOLS = {"dense": None, "l1": None, "global": "model"}
 
 
 class Run(NamedTuple):
     """One training run.
 
     Attributes:
-        method: its name in `recipes.RECIPES`.
+        method: its name in `METHODS`.
         seed: of the initial weights, the shuffling and random scores.
         metrics: `loop.Metrics` of lists, one value an epoch.
         summary: of the final masks.
@@ -48,7 +80,7 @@ class Run(NamedTuple):
     method: str
     seed: int
     metrics: loop.Metrics
-    summary: prunax.reports.Summary
+    summary: reports.Summary
     exact: bool | None
     seconds: float
     compile_seconds: float
@@ -61,87 +93,64 @@ class Run(NamedTuple):
 
 def train(
     method: str,
+    recipe: recipes.Recipe,
     model: Any,
     data: loop.Data,
-    settings: recipes.Settings,
+    budget: Budget,
+    sparsity: float,
     *,
     seeds: Sequence[int] = (0,),
-    batch_size: int = 64,
     on_epoch: Callable[[int, float], None] = lambda seed, accuracy: None,
 ) -> list[Run]:
     """Trains a model by one method, once for each seed.
 
     Args:
-        method: a name in `recipes.RECIPES`.
+        method: its name in `METHODS`.
+        recipe: what it does.
         model: one of `models.MODELS`, made for a number of classes.
         data: images and labels, on the device.
-        settings: what all methods have in common.
+        budget: what all methods have in common.
+        sparsity: the target.
         seeds: one run each. Runs of the same seed start from the same weights, whatever the method.
-        batch_size: images a step.
         on_epoch: told the seed and the test accuracy after each epoch.
 
     Returns:
         One `Run` a seed.
     """
-    recipe = recipes.RECIPES[method][0](settings)
-    programs: dict[int, Any] = {}
-    runs = []
+
+    @jax.jit
+    def epoch(state: loop.State, data: loop.Data, key: jax.Array) -> Any:
+        apply = functools.partial(models.apply, model)
+        optimizer = recipe.optimizer(key, None)
+        return loop.epoch(apply, optimizer, data, state, batch_size=budget.batch_size)
+
+    program, runs = None, []
     for seed in seeds:
         init_key, shuffle_key, score_key = jax.random.split(jax.random.key(seed), 3)
-        params, masks = models.init(model, init_key, data.train_images), None
-        history, seconds, compile_seconds = [], 0.0, 0.0
-        for i, phase in enumerate(recipe.phases):
-            optimizer_state = phase.optimizer(score_key, masks).init(params)
-            state = loop.State(params, optimizer_state, shuffle_key)
-            start = time.perf_counter()
-            if i not in programs:
-                program = functools.partial(_epoch, model, phase, batch_size)
-                programs[i] = jax.jit(program).lower(state, data, score_key, masks).compile()
-                compile_seconds += time.perf_counter() - start
-                start = time.perf_counter()
-            for _ in range(phase.epochs):
-                state, metrics = programs[i](state, data, score_key, masks)
-                history.append(jax.tree.map(float, metrics))
-                on_epoch(seed, history[-1].accuracy)
-            seconds += time.perf_counter() - start
-            params, shuffle_key = state.params, state.key
-            masks = getattr(state.opt_state, "masks", masks)  # those that prunax.prune keeps
-            if phase.threshold is not None:
-                masks = prunax.compute_masks(params, threshold=phase.threshold)
-                params = prunax.apply_masks(params, masks)
-        summary = prunax.summarize(params, masks)
-        runs.append(
-            Run(
-                method,
-                seed,
-                loop.Metrics(*map(list, zip(*history, strict=True))),
-                summary,
-                _is_exact(params, masks, recipe.pools, settings.sparsity),
-                seconds,
-                compile_seconds,
-            )
-        )
+        params = models.init(model, init_key, data.train_images)
+        state = loop.State(params, recipe.optimizer(score_key, None).init(params), shuffle_key)
+        history, start, compile_seconds = [], time.perf_counter(), 0.0
+        if program is None:
+            program = epoch.lower(state, data, score_key).compile()
+            compile_seconds = time.perf_counter() - start
+        for _ in range(budget.epochs):
+            state, metrics = program(state, data, score_key)
+            history.append(jax.tree.map(float, metrics))
+            on_epoch(seed, history[-1].accuracy)
+        seconds = time.perf_counter() - start - compile_seconds
+        masks = recipe.masks(state.params, state.opt_state)
+        summary = prunax.summarize(state.params, masks)
+        exact = _is_exact(state.params, masks, summary, POOLS.get(method, "leaf"), sparsity)
+        metrics = loop.Metrics(*map(list, zip(*history, strict=True)))
+        runs.append(Run(method, seed, metrics, summary, exact, seconds, compile_seconds))
     return runs
 
 
-def _epoch(
-    model: Any,
-    phase: recipes.Phase,
-    batch_size: int,
-    state: loop.State,
-    data: loop.Data,
-    key: jax.Array,
-    masks: Any,
-) -> tuple[loop.State, loop.Metrics]:
-    apply = functools.partial(models.apply, model)
-    optimizer = phase.optimizer(key, masks)
-    return loop.epoch(apply, optimizer, data, state, batch_size=batch_size, l1=phase.l1)
-
-
-def _is_exact(params: Any, masks: Any, pools: str | None, sparsity: float) -> bool | None:
+def _is_exact(
+    params: Any, masks: Any, summary: reports.Summary, pools: str | None, sparsity: float
+) -> bool | None:
     if pools is None:
         return None
-    summary = prunax.summarize(params, masks)
     sizes = [(leaf.weights, leaf.kept) for leaf in summary.leaves if leaf.prunable]
     if pools == "model":
         sizes = [(summary.weights, summary.kept)]
@@ -150,7 +159,7 @@ def _is_exact(params: Any, masks: Any, pools: str | None, sparsity: float) -> bo
     return asked and jax.tree.all(jax.tree.map(jnp.array_equal, params, masked))
 
 
-def result_table(runs: Sequence[Run], title: str) -> harness.Table:
+def result_table(runs: Sequence[Run], title: str) -> reports.Table:
     """One row a method: means over the seeds, and their standard deviation where there are several.
 
     The difference to dense is taken seed by seed, in points of test accuracy.
@@ -159,25 +168,20 @@ def result_table(runs: Sequence[Run], title: str) -> harness.Table:
     rows = []
     for method in dict.fromkeys(run.method for run in runs):
         of_method = [run for run in runs if run.method == method]
-        points = [100 * (run.accuracy - dense[run.seed]) for run in of_method]
+        points = [run.accuracy - dense[run.seed] for run in of_method]
         exact = {run.exact for run in of_method}
         rows.append(
             (
                 method,
-                _mean_and_deviation([100 * run.accuracy for run in of_method]),
-                "" if method == "dense" else _mean_and_deviation(points, "+.2f"),
+                harness.spread([run.accuracy for run in of_method]),
+                "" if method == "dense" else harness.spread(points, "+.2f"),
                 f"{statistics.mean(run.summary.sparsity for run in of_method):.2%}",
                 "" if exact == {None} else ("yes" if exact == {True} else "NO"),
                 f"{statistics.mean(run.seconds for run in of_method):.1f}",
             )
         )
     columns = "method", "test accuracy %", "against dense", "sparsity", "exact", "seconds"
-    return harness.Table(title, columns, rows)
-
-
-def _mean_and_deviation(values: Sequence[float], form: str = ".2f") -> str:
-    mean = format(statistics.mean(values), form)
-    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+    return reports.Table(columns, rows, title=title)
 
 
 def default_epochs(count: int) -> int:
@@ -187,15 +191,12 @@ def default_epochs(count: int) -> int:
 
 def report(
     args: argparse.Namespace,
-    arguments: Sequence[str],
     dataset: datasets.Dataset,
     runs: Sequence[Run],
-    table: harness.Table,
+    table: reports.Table,
 ) -> dict[str, Any]:
     """Every figure of an invocation, ready for JSON."""
     return {
-        "command": " ".join(["python -m benchmarks.train", *arguments]),
-        "environment": harness.environment(),
         "settings": {key: value for key, value in vars(args).items() if key != "out"},
         "dataset": {
             "name": dataset.name,
@@ -239,17 +240,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     count = len(dataset.train_labels)
     batch_size = min(args.batch_size, count)
     args.epochs = args.epochs or default_epochs(count)
-    settings = recipes.Settings(
-        sparsity=args.sparsity,
-        epochs=args.epochs,
-        steps=loop.steps_per_epoch(count, batch_size),
-        learning_rate=args.learning_rate,
-        l1=args.l1,
-        threshold=args.threshold,
-    )
+    steps = loop.steps_per_epoch(count, batch_size)
+    budget = Budget(args.model, args.epochs, steps, batch_size, args.learning_rate)
+    of_l1 = {"l1": {"strength": args.l1, "threshold": args.threshold}}
+    data = loop.Data(*map(jnp.asarray, dataset[1:5]))
 
     runs: list[Run] = []
-    methods = recipes.RECIPES if args.compare else dict.fromkeys(["dense", args.method])
+    methods = METHODS if args.compare else dict.fromkeys(["dense", args.method])
     with harness.progress(console) as progress:
         tasks = {
             method: progress.add_task(method, start=False, total=args.seeds * args.epochs, note="")
@@ -257,13 +254,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }
         for method, task in tasks.items():
             progress.start_task(task)
+            options = {**METHODS[method].options, **of_l1.get(method, {})}
             runs += train(
                 method,
+                METHODS[method].recipe(budget, args.sparsity, **options),
                 models.MODELS[args.model](dataset.num_classes),
-                loop.Data(*map(jnp.asarray, dataset[1:5])),
-                settings,
+                data,
+                budget,
+                args.sparsity,
                 seeds=range(args.seed, args.seed + args.seeds),
-                batch_size=batch_size,
                 on_epoch=lambda seed, accuracy, task=task: progress.update(
                     task, advance=1, note=f"seed {seed}: {accuracy:.1%}"
                 ),
@@ -281,25 +280,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     what = "compare" if args.compare else args.method
     stem = f"train-{args.dataset}-{args.model}-{what}-{args.sparsity:g}".replace("/", "-")
     file = args.out / f"{stem}.json"
-    harness.write_json(file, report(args, arguments, dataset, runs, table))
-    figures.save_training(file.with_suffix(".png"), runs, title, settings.steps)
+    command = " ".join(["python -m benchmarks.train", *arguments])
+    harness.write_json(file, harness.content(command, **report(args, dataset, runs, table)))
+    figures.save_training(file.with_suffix(".png"), runs, title, steps)
     console.print(f"Figures: {os.path.relpath(file)} and .png", soft_wrap=True, highlight=False)
 
 
 def _parser() -> argparse.ArgumentParser:
-    methods = "\n".join(f"  {name:<12}{about}" for name, (_, about) in recipes.RECIPES.items())
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.train",
-        description=__doc__,
-        epilog=f"{EXAMPLES}\nmethods:\n{methods}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    methods = "\n".join(f"  {name:<12}{method.about}" for name, method in METHODS.items())
+    parser = harness.parser("train", __doc__, f"{EXAMPLES}\nmethods:\n{methods}")
     add = parser.add_argument
     add("--dataset", default="digits", help="digits, fashion_mnist, or any TFDS name (digits)")
     add("--model", choices=models.MODELS, default="mlp", help="(mlp)")
-    add(
-        "--method", choices=recipes.RECIPES, default="magnitude", help="(magnitude)", metavar="NAME"
-    )
+    add("--method", choices=METHODS, default="magnitude", help="(magnitude)", metavar="NAME")
     add("--compare", action="store_true", help="run all methods, ending with one table")
     add("--sparsity", type=_fraction, default=0.9, help="weights to remove, 0 to 1 (0.9)")
     add("--epochs", type=_count, help="of each run (as many as see 600,000 images, at most 120)")
@@ -310,7 +303,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="the first seed (0)")
     add("--seeds", type=_count, help="how many, one after the other (1; with --compare 3)")
     add("--validation", action="store_true", help="hold out training images and evaluate on them")
-    add("--out", type=Path, default=harness.OUT, help="folder of the results (benchmarks/out)")
     return parser
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 import prunax
 from benchmarks import datasets, loop, methods, render, robustness
-from benchmarks.method_recipes import METHODS, Budget
+from benchmarks.recipes import METHODS, Budget
 
 pytestmark = pytest.mark.relaxed_promotion  # optax's Adam raises a float to an int32 power
 

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import PIL.Image
 
 import prunax
-from benchmarks import harness, loop, models, recipes, train
+from benchmarks import harness, loop, models, train
+from benchmarks.recipes import Budget
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.relaxed_promotion  # optax's Adam raises a float to an int32 power
@@ -39,7 +40,7 @@ def compared(tmp_path_factory):
 def test_every_method_prunes_exactly(compared):
     _, content = compared
     runs = {run["method"]: run for run in content["runs"]}
-    assert set(runs) == set(recipes.RECIPES)
+    assert set(runs) == set(train.METHODS)
     for method, run in runs.items():
         layers = [leaf for leaf in run["summary"]["leaves"] if leaf["prunable"]]
         pruned = [leaf["weights"] - leaf["kept"] for leaf in layers]
@@ -80,7 +81,7 @@ def test_results_say_how_they_came_about(compared):
         "image": [8, 8, 1],
         "classes": 10,
     }
-    assert len(content["table"]) == 2 + len(recipes.RECIPES)
+    assert len(content["table"]) == 2 + len(train.METHODS)
     with PIL.Image.open(file.with_suffix(".png")) as picture:
         assert min(picture.size) > 500
         assert len(picture.convert("RGB").getcolors(10**6)) > 20
@@ -135,7 +136,7 @@ def test_help_shows_examples_and_methods(capsys):
     assert exit_.value.code == 0
     text = capsys.readouterr().out
     assert "python -m benchmarks.train --dataset digits --compare" in text
-    assert all(f"\n  {method} " in text for method in recipes.RECIPES)
+    assert all(f"\n  {method} " in text for method in train.METHODS)
 
 
 @pytest.mark.parametrize("name", models.MODELS)
@@ -173,8 +174,9 @@ def test_epochs_scan_and_map_over_seeds():
     labels = jnp.asarray(images.mean((1, 2, 3)) > 0.5, jnp.int32)
     data = loop.Data(images, labels, images, labels)
     model = models.MLP(2, widths=(8,))
-    tx = recipes.RECIPES["magnitude"][0](recipes.Settings(0.75, 5, 4, 1e-2, 0.0, 0.0))
-    optimizer = tx.phases[0].optimizer(jax.random.key(0), None)
+    method = train.METHODS["magnitude"]
+    recipe = method.recipe(Budget("mlp", 5, 4, 10, 1e-2), 0.75, **method.options)
+    optimizer = recipe.optimizer(jax.random.key(0), None)
 
     def run(key):
         params = models.init(model, key, images)
@@ -202,7 +204,7 @@ def test_evaluation_counts_every_image_once():
 
 
 def test_table_as_markdown():
-    table = harness.Table("title", ("method", "accuracy"), [("dense", "98.1")])
+    table = harness.Table(("method", "accuracy"), [("dense", "98.1")], title="title")
     assert table.markdown() == "| method | accuracy |\n| --- | ---: |\n| dense | 98.1 |"
 
 
