@@ -67,6 +67,25 @@ def save_training(file: Path, runs: Sequence[Any], title: str, steps: int) -> No
     figure.savefig(file, dpi=130)
 
 
+def _line(
+    panel: Any, i: int, name: str, sparsity: np.ndarray, mean: np.ndarray, deviation: np.ndarray
+) -> None:
+    """Draws the i-th method: means and deviations by sparsity."""
+    style: dict[str, Any] = {"markersize": 4, "linewidth": 1.4, "capsize": 2}
+    style |= {"color": f"C{i}", "marker": "osD^vPX"[i % 7], "label": name}
+    panel.errorbar(1 / (1 - sparsity), mean, deviation, **style)
+
+
+def _sparsity_axis(panel: Any) -> None:
+    """Spreads the x axis by what is left of the weights, labelled by what is gone."""
+    panel.set_xlim(4.5, 120)
+    panel.set_xscale("log")
+    ticks = (0.8, 0.9, 0.95, 0.98, 0.99)
+    panel.set_xticks([1 / (1 - s) for s in ticks], [f"{s:.0%}" for s in ticks])
+    panel.minorticks_off()
+    panel.grid(alpha=0.3)
+
+
 def save_methods(file: Path, content: Mapping[str, Any], families: Mapping[str, str]) -> None:
     """Draws accuracy against sparsity: a row of panels a network, a panel a family, a line a method.
 
@@ -101,25 +120,9 @@ def save_methods(file: Path, content: Mapping[str, Any], families: Mapping[str, 
                 )
                 if not points:
                     continue
-                sparsity, mean, deviation = np.array(points).T
-                panel.errorbar(
-                    1 / (1 - sparsity),
-                    mean,
-                    deviation,
-                    color=f"C{i}",
-                    marker="osD^vPX"[i % 7],
-                    markersize=4,
-                    linewidth=1.4,
-                    capsize=2,
-                    label=name,
-                )
+                _line(panel, i, name, *np.array(points).T)
             panel.set_title(f"{network}: {title}", fontsize="medium")
-            panel.set_xlim(4.5, 120)
-            panel.set_xscale("log")
-            ticks = (0.8, 0.9, 0.95, 0.98, 0.99)
-            panel.set_xticks([1 / (1 - s) for s in ticks], [f"{s:.0%}" for s in ticks])
-            panel.minorticks_off()
-            panel.grid(alpha=0.3)
+            _sparsity_axis(panel)
             if panel.get_legend_handles_labels()[0]:
                 panel.legend(fontsize="small", loc="lower left")
         means = [100 * np.mean(r["test_accuracy"]) for r in of_network]
@@ -145,11 +148,7 @@ def save_robustness(file: Path, content: Mapping[str, Any]) -> None:
     figure = matplotlib.figure.Figure(figsize=(14, 6.5), layout="constrained")
     axes = figure.subplots(2, (len(kinds) + 1) // 2, squeeze=False)
     for kind, panel in zip(kinds, axes.flat, strict=False):
-        panel.set_xlim(4.5, 120)
-        panel.set_xscale("log")
-        ticks = (0.8, 0.9, 0.95, 0.98, 0.99)
-        panel.set_xticks([1 / (1 - s) for s in ticks], [f"{s:.0%}" for s in ticks])
-        panel.minorticks_off()
+        _sparsity_axis(panel)
         for r in records:
             if r["method"] == "dense":
                 level = 100 * np.mean(r["accuracy"][kind])
@@ -158,18 +157,12 @@ def save_robustness(file: Path, content: Mapping[str, Any]) -> None:
             of_method = sorted(
                 (r for r in records if r["method"] == name), key=lambda r: r["sparsity"]
             )
-            panel.errorbar(
-                [1 / (1 - r["sparsity"]) for r in of_method],
-                [100 * np.mean(r["accuracy"][kind]) for r in of_method],
-                [100 * np.std(r["accuracy"][kind]) for r in of_method],
-                color=f"C{i}",
-                marker="osD^vPX"[i % 7],
-                markersize=4,
-                capsize=2,
-                label=name,
-            )
+            points = [
+                (r["sparsity"], 100 * np.mean(v := r["accuracy"][kind]), 100 * np.std(v))
+                for r in of_method
+            ]
+            _line(panel, i, name, *np.array(points).T)
         panel.set_title(kind, fontsize="medium")
-        panel.grid(alpha=0.3)
     axes[0, 0].legend(fontsize="small", loc="lower left")
     for panel in axes[:, 0]:
         panel.set_ylabel("accuracy, %")
