@@ -39,7 +39,7 @@ examples:
       --calibrate-on sayings=/usr/share/games/fortunes/humorists
 """
 
-Method = Callable[[Any, Sequence[Any], float | None, Any], calibration.Pruned]
+Method = Callable[..., calibration.Pruned]
 
 
 class Target(NamedTuple):
@@ -82,48 +82,37 @@ def _magnitude_mask(path: str, leaf: jax.Array, target: Target) -> jax.Array:
     return mask.reshape(leaf.shape)
 
 
-def wanda(
-    params: Any, batches: Any, target: Target, *, donate: bool = True, **options: Any
-) -> calibration.Pruned:
-    pattern = target.options(patterns.ConstantFanIn())
-    return calibration.wanda(smollm.apply, params, batches, **pattern, donate=donate, **options)
+def layers(method: calibration.Method, *, donate: bool = True) -> Method:
+    """Layer by layer by a method of `calibration`, in its own pattern where the target has none."""
+
+    def prune(
+        params: Any, batches: Any, target: Target, *, donate: bool = donate, **options: Any
+    ) -> calibration.Pruned:
+        options |= {"pattern": target.pattern, "donate": donate}
+        return calibration.prune_layers(
+            smollm.apply, params, batches, method, target.sparsity, **options
+        )
+
+    return prune
 
 
-def sparsegpt(
-    params: Any, batches: Any, target: Target, *, donate: bool = True, **options: Any
-) -> calibration.Pruned:
-    pattern = target.options(patterns.Unstructured())
-    return calibration.sparsegpt(smollm.apply, params, batches, **pattern, donate=donate, **options)
+WANDA = layers(calibration.Wanda())
 
 
 def wanda_refitted(params: Any, batches: Any, target: Target, **options: Any) -> calibration.Pruned:
-    _, masks = wanda(params, batches, target, donate=False, **options)
+    _, masks = WANDA(params, batches, target, donate=False, **options)
     method = calibration.Refit(masks)
     return calibration.prune_layers(smollm.apply, params, batches, method, donate=True, **options)
 
 
-def sparsegpt_corrected(
-    params: Any, batches: Any, target: Target, **options: Any
-) -> calibration.Pruned:
-    # The correction needs the dense model to the end.
-    return sparsegpt(params, batches, target, correction=0.5, donate=False, **options)
-
-
-def alps(params: Any, batches: Any, target: Target, **options: Any) -> calibration.Pruned:
-    pattern = target.options(patterns.Unstructured())
-    method = calibration.Alps()
-    return calibration.prune_layers(
-        smollm.apply, params, batches, method, **pattern, donate=True, **options
-    )
-
-
-METHODS = {
+METHODS: dict[str, Method] = {
     "magnitude": magnitude,
-    "Wanda": wanda,
+    "Wanda": WANDA,
     "Wanda + reconstruct": wanda_refitted,
-    "SparseGPT": sparsegpt,
-    "SparseGPT + correction": sparsegpt_corrected,
-    "ADMM": alps,
+    "SparseGPT": layers(calibration.SparseGPT()),
+    # The correction needs the dense model to the end.
+    "SparseGPT + correction": layers(calibration.SparseGPT(correction=0.5), donate=False),
+    "ADMM": layers(calibration.Alps()),
 }
 # ADMM takes several times as long as all others together.
 DEFAULT = [name for name in METHODS if name != "ADMM"]
