@@ -473,7 +473,7 @@ def llama() -> Network:
 def moe() -> Network:
     """Two of four experts for each token.
 
-    The router ranks its outputs by number, so that none of them can go. An expert can: a token sent to it gets nothing.
+    The experts go with their columns of the router, which ranks those that are left.
     """
     params = _params(
         embed=(6, 8), router=(8, 4), w1=(4, 8, 10), b1=(4, 10), w2=(4, 10, 8), head=(8, 3)
@@ -495,7 +495,7 @@ def moe() -> Network:
         """
         8: embed:1 router:0 w1:1 w2:2 head:0
         10: w1:2 b1:1 w2:1
-        4: w1:0 b1:0 w2:0
+        4: router:1 w1:0 b1:0 w2:0
         """,
     )
 

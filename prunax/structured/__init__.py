@@ -5,6 +5,7 @@ from prunax.structured.cost import count_flops, count_parameters, latency
 from prunax.structured.depth import prune_depth
 from prunax.structured.gating import apply_gates, gate_importance, gates
 from prunax.structured.groups import AxisGroup, Explanation, Member, axis_groups, explain
+from prunax.structured.mixtures import expert_importance
 from prunax.structured.prune import Shrunk, prunable_groups, prune_channels
 from prunax.structured.ranking import group_scores
 from prunax.structured.rebuild import rebuild
@@ -32,6 +33,7 @@ __all__ = [
     "branches",
     "count_flops",
     "count_parameters",
+    "expert_importance",
     "explain",
     "gate_importance",
     "gates",

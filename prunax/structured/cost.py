@@ -49,6 +49,9 @@ def _count(jaxpr: Jaxpr) -> int:
         elif name == "conv_general_dilated":
             units = p["dimension_numbers"].rhs_spec[0]
             total += 2 * math.prod(shapes[-1]) * math.prod(shapes[1]) // max(shapes[1][units], 1)
+        elif name == "ragged_dot_general":
+            (contracted, _), _ = p["ragged_dot_dimension_numbers"].dot_dimension_numbers
+            total += 2 * math.prod(shapes[-1]) * math.prod(shapes[0][i] for i in contracted)
         elif name == "cond":
             total += max(_count(branch.jaxpr) for branch in p["branches"])
         else:

@@ -12,8 +12,8 @@ from jax.extend.core import JaxprEqn, Literal
 from prunax._jaxprs import programs
 from prunax.structured import axes
 from prunax.structured.axes import Axis, Incompatible
-from prunax.structured.rules import RULES, solve_operands, while_operands
-from prunax.structured.walk import Step, Trace, Value, View, Walk, walk
+from prunax.structured.rules import SCATTERS, reading, solve_operands, while_operands
+from prunax.structured.walk import Step, Trace, Value, View, walk
 
 __all__: list[str] = []
 
@@ -216,7 +216,7 @@ def _at_small_size(
     shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
     jaxpr = jax.make_jaxpr(function)(*shapes)
     values = [Value(tuple(View(Axis(n)) for n in shape.shape), data=True) for shape in shapes]
-    trace = walk(Walk(RULES), jaxpr, values)
+    trace = walk(reading(), jaxpr, values)
     kept = [
         (new, axes.kept_indices(old, keep))
         for value, olds in zip(values, where, strict=True)
@@ -318,7 +318,58 @@ def _tile(step: Step, keep: Keep, args: Sequence[Any]) -> Sequence[Any]:
     return [jnp.tile(args[0], [whole // max(part, 1) for whole, part in sizes])]
 
 
+def _chosen(step: Step, keep: Keep, args: Sequence[Any]) -> Sequence[Any]:
+    """Units are chosen among those that are left, by the numbers that they had."""
+    p, rank = step.eqn.params, len(step.ins[0])
+    outs = list(programs.bind(step.eqn, args))
+    axis = p["axes"][0] if "axes" in p else p.get("axis", -1) % rank
+    kept = axes.kept_indices(step.ins[0][axis], keep)
+    if kept is not None:
+        outs[-1] = jnp.asarray(kept, outs[-1].dtype)[outs[-1]]
+    return outs
+
+
+def _gather(step: Step, keep: Keep, args: Sequence[Any]) -> Sequence[Any]:
+    p, small = step.eqn.params, _shape(step.ins[0], keep)
+    sizes = zip(p["slice_sizes"], step.ins[0], small, strict=True)
+    slice_sizes = tuple(s if size == axis.size else size for size, axis, s in sizes)
+    numbers = p["dimension_numbers"]
+    gone = numbers.collapsed_slice_dims
+    index = _translated(step, keep, args[1], numbers.start_index_map, gone)
+    params = p | {"slice_sizes": slice_sizes}
+    return [step.eqn.primitive.bind(args[0], index, **params)]
+
+
+def _scatter(step: Step, keep: Keep, args: Sequence[Any]) -> Sequence[Any]:
+    numbers = step.eqn.params["dimension_numbers"]
+    dims = numbers.scatter_dims_to_operand_dims
+    index = _translated(step, keep, args[1], dims, numbers.inserted_window_dims)
+    return [step.eqn.primitive.bind(args[0], index, args[2], **step.eqn.params)]
+
+
+def _translated(
+    step: Step, keep: Keep, index: Any, dims: Sequence[int], single: Sequence[int]
+) -> Any:
+    """Numbers of units to places among those that are left; of others to a place beyond the last."""
+    columns = []
+    for n, dim in enumerate(dims):
+        column, axis = index[..., n], step.ins[0][dim]
+        kept = axes.kept_indices(axis, keep) if dim in single else None
+        if kept is not None:
+            places = np.full(axis.size + 1, len(kept))
+            places[kept] = np.arange(len(kept))
+            inside = (column >= 0) & (column < axis.size)
+            column = jnp.asarray(places, index.dtype)[jnp.where(inside, column, axis.size)]
+        columns.append(column)
+    return jnp.stack(columns, -1) if columns else index
+
+
 _WHOLE = {
+    "top_k": _chosen,
+    "argmax": _chosen,
+    "argmin": _chosen,
+    "gather": _gather,
+    **dict.fromkeys(SCATTERS.split(), _scatter),
     "scan": _scan,
     "cond": _cond,
     "while": _while,
@@ -337,12 +388,6 @@ def _random_bits(step: Step, keep: Keep) -> dict[str, Any]:
 def _split(step: Step, keep: Keep) -> dict[str, Any]:
     axis = step.eqn.params["axis"]
     return {"sizes": tuple(_shape(where, keep)[axis] for where in step.outs)}
-
-
-def _gather(step: Step, keep: Keep) -> dict[str, Any]:
-    small = _shape(step.ins[0], keep)
-    sizes = zip(step.eqn.params["slice_sizes"], step.ins[0], small, strict=True)
-    return {"slice_sizes": tuple(s if size == axis.size else size for size, axis, s in sizes)}
 
 
 def _pad(step: Step, keep: Keep) -> dict[str, Any]:
@@ -369,7 +414,6 @@ _PARAMS: dict[str, Callable[[Step, Keep], dict[str, Any]]] = {
     "dynamic_slice": lambda step, keep: {"slice_sizes": _shape(step.outs[0], keep)},
     "random_bits": _random_bits,
     "split": _split,
-    "gather": _gather,
     "pad": _pad,
     "conv_general_dilated": _conv,
 }

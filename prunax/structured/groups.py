@@ -12,8 +12,8 @@ from prunax._jaxprs import programs
 from prunax.reports._tables import rendered
 from prunax.structured import axes, scalars, zeros
 from prunax.structured.axes import Axis, Frozen, Position
-from prunax.structured.rules import RULES
-from prunax.structured.walk import Trace, Value, View, Walk, walk
+from prunax.structured.rules import reading
+from prunax.structured.walk import Trace, Value, View, walk
 
 __all__ = ["AxisGroup", "Explanation", "Leaf", "Member", "axis_groups", "explain"]
 
@@ -69,6 +69,7 @@ class AxisGroup:
             divides by the smaller count, where `shrink_function` keeps to the number that was traced.
         root: Whether the program multiplies two activations over the units, and divides by a root of their number, as
             attention does with the width of its heads. Code that counts for itself divides by another root afterwards.
+        least: The fewest units that may be left: as many as `top_k` takes, the experts of a token.
         constants: Where the units lie in arrays that the function closes over; `shrink_function` makes them smaller.
         leaves: All parameters of the function.
     """
@@ -79,6 +80,7 @@ class AxisGroup:
     preserved: bool = True
     crosses: tuple[str, ...] = ()
     root: bool = False
+    least: int = 1
     constants: tuple[Constant, ...] = field(default=(), repr=False, compare=False)
     leaves: tuple[Leaf, ...] = field(default=(), repr=False, compare=False)
 
@@ -154,6 +156,7 @@ class Analysis(NamedTuple):
         outputs: Structure of the function's result.
         names: Path of each array of it.
         contracted: Axes over which two activations are multiplied.
+        least: For atoms of which `top_k` takes some, how many.
     """
 
     trace: Trace
@@ -163,6 +166,7 @@ class Analysis(NamedTuple):
     outputs: Any
     names: tuple[str, ...]
     contracted: tuple[Axis, ...]
+    least: dict[Axis, int]
 
 
 def axis_groups(fn: Callable[..., Any], params: PyTree, *args: Any) -> tuple[AxisGroup, ...]:
@@ -233,8 +237,15 @@ def analyse(fn: Callable[..., Any], params: PyTree, *args: Any) -> Analysis:
         else:
             why = Frozen(f"an axis of the function's input {names[i - len(paths)]}")
             values.append(Value(tuple(View(Axis(n, why)) for n in shape.shape), data=True))
-    state = Walk(RULES)
+    state = reading()
     trace = walk(state, jaxpr, values)
+    least: dict[Axis, int] = {}
+    for axis, count, why in state.least:
+        atom = axes.find(axis)
+        if atom.kind == "atom":
+            least[atom] = max(count, least.get(atom, 1))
+        else:
+            axes.freeze(atom, why)
     return Analysis(
         trace,
         known,
@@ -243,6 +254,7 @@ def analyse(fn: Callable[..., Any], params: PyTree, *args: Any) -> Analysis:
         jax.tree.structure(out),
         tuple(trees.paths(out)),
         tuple(state.contracted),
+        least,
     )
 
 
@@ -259,6 +271,9 @@ def freeze_outputs(analysis: Analysis) -> None:
             )
         for view in value.views:
             axes.freeze(view.axis, Frozen(why))
+        if value.numbers and value.numbers.chosen:
+            for axis in filter(None, value.numbers.axes):
+                axes.freeze(axis, Frozen(f"numbered in {why.removeprefix('an axis of ')}"))
 
 
 def groups_of(analysis: Analysis) -> tuple[AxisGroup, ...]:
@@ -283,6 +298,7 @@ def groups_of(analysis: Analysis) -> tuple[AxisGroup, ...]:
             atom not in followed.remains,
             tuple(followed.crosses.get(atom, {})),
             atom in contracted and scalars.has_root(scales, atom.size),
+            analysis.least.get(atom, 1),
             tuple(constants.get(atom, ())),
             analysis.leaves,
         )
@@ -360,6 +376,11 @@ def checked_units(function: str, group: AxisGroup, units: Any) -> np.ndarray:
         )
     if not units.size:
         raise ValueError(f"{function}: {group.name} must keep at least one unit.")
+    if units.size < group.least:
+        raise ValueError(
+            f"{function}: {group.name} must keep at least {group.least} units, as many as `top_k` takes; "
+            f"asked to keep {units.size}."
+        )
     if not 0 <= units.min() <= units.max() < group.size:
         raise ValueError(
             f"{function}: {group.name} has units 0 to {group.size - 1}; asked to keep {units.min()} to {units.max()}."

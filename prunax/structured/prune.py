@@ -133,7 +133,9 @@ def prune_channels(
             unit_scores[group][checked_units("prune_channels", group, units)] = np.inf
 
     def choose(sparsity: float | None) -> tuple[Kept, dict[AxisGroup, AxisGroup]]:
-        return _choose(unit_scores, sparsity, threshold, allocation, (round_to, min_width))
+        return _choose(
+            unit_scores, sparsity, threshold, allocation, (round_to, min_width), target is None
+        )
 
     if target is not None:
         sparsity = _reach(target, cost, fn, params, args, lambda sparsity: choose(sparsity)[0])
@@ -202,26 +204,40 @@ def _choose(
     threshold: float | None,
     allocation: allocations.Allocator,
     limits: tuple[int, int],
+    strict: bool,
 ) -> tuple[Kept, dict[AxisGroup, AxisGroup]]:
-    """The units to keep of each group that shrinks, and for groups that leave it to another factor, that one."""
+    """The units to keep of each group that shrinks, and for groups that leave it to another factor, that one.
+
+    Raises:
+        ValueError: If so much was asked for that fewer units would be left than a group needs, and `strict`.
+    """
     other_factors: dict[AxisGroup, AxisGroup] = {}
     if threshold is not None:
-        left = {group: int(np.sum(score > threshold)) for group, score in unit_scores.items()}
+        left = {
+            group: max(int(np.sum(score > threshold)), 1) for group, score in unit_scores.items()
+        }
     else:
         if sparsity is not None:  # an allocation that needs none names groups, each as it is to be
             asked = sparsity
 
             def removed(group: AxisGroup) -> float:
                 count = group.size - num_pruned(asked, group.size)
-                return 1 - rounded(count, group.size, *limits) / group.size
+                return 1 - rounded(count, group, *limits) / group.size
 
             other_factors = one_factor_an_axis(list(unit_scores), removed, sparsity)
         unit_scores = {g: score for g, score in unit_scores.items() if g not in other_factors}
         left = numbers_left(unit_scores, sparsity, allocation)
+    for group, count in left.items():
+        if strict and count < group.least:
+            raise ValueError(
+                f"prune_channels: {group.name} would keep {count} of {group.size} units, and `top_k` takes "
+                f"{group.least} of them: {', '.join(dict.fromkeys(m.path for m in group.members))}. "
+                f"Ask for less, or give the group a sparsity of its own with allocation.by_path."
+            )
     keep = {}
     for group, score in unit_scores.items():
         # Protected units stay, whatever the budget.
-        count = max(rounded(left[group], group.size, *limits), int(np.isinf(score).sum()))
+        count = max(rounded(left[group], group, *limits), int(np.isinf(score).sum()))
         if count < group.size:
             keep[group] = best_units(score, count)
     return keep, other_factors

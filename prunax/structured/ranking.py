@@ -212,10 +212,10 @@ def _factors(groups: Sequence[AxisGroup]) -> dict[AxisGroup, list[AxisGroup]]:
     return {group: list(others) for group, others in found.items()}
 
 
-def rounded(count: int, size: int, round_to: int, min_width: int) -> int:
-    """A number of units to keep, as a multiple and within the width that was asked for."""
-    floor = min(min_width, size)
+def rounded(count: int, group: AxisGroup, round_to: int, min_width: int) -> int:
+    """A number of units to keep, as a multiple and within the width that was asked for, no fewer than are needed."""
+    floor = max(min(min_width, group.size), group.least)
     if round_to > 1:
         count = max(round_to, round(count / round_to) * round_to)
         floor = math.ceil(floor / round_to) * round_to
-    return min(max(count, floor), size)
+    return min(max(count, floor), group.size)

@@ -5,6 +5,7 @@ A rule is a function ``rule(walk, eqn, ins) -> outs``. It makes axes one (`Walk.
 no rule fixes whatever it touches.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -13,11 +14,11 @@ from typing import Any, TypeVar
 from jax.extend.core import JaxprEqn
 
 from prunax._jaxprs import programs
-from prunax.structured import axes
+from prunax.structured import axes, indices
 from prunax.structured.axes import Axis, Incompatible
-from prunax.structured.walk import Rule, Value, View, Walk, shape_of
+from prunax.structured.walk import Rule, Value, View, Walk, shape_of, unknown
 
-__all__ = ["RULES"]
+__all__ = ["RULES", "reading"]
 
 T = TypeVar("T")
 Views = tuple[View, ...]
@@ -49,6 +50,11 @@ SCATTERS = (
 COLLECTIVES = frozenset("psum psum2 psum_invariant pmax pmin ppermute pbroadcast pcast".split())
 
 RULES: dict[str, Rule] = {}
+
+
+def reading() -> Walk:
+    """A reading of a program, by these rules."""
+    return Walk(RULES, functools.partial(indices.numbers, calls=programs.CALLS))
 
 
 def _rule(*names: str) -> Callable[[Rule], Rule]:
@@ -313,7 +319,8 @@ def _reduce(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[Views]:
 @_rule("argmax", "argmin")
 def _argmax(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[Views]:
     gone = eqn.params["axes"]
-    walk.freeze([ins[0].views[i] for i in gone], "its places are numbered")
+    if len(gone) != 1:
+        walk.freeze([ins[0].views[i] for i in gone], "its places are numbered")
     return [_without(ins[0].views, gone)]
 
 
@@ -334,8 +341,11 @@ def _sort(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[Views]:
 def _top_k(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[Views]:
     views = ins[0].views
     axis = eqn.params.get("axis", eqn.params.get("reduction_dimension", -1)) % len(views)
-    walk.freeze([views[axis]], "its places are ranked and numbered")
-    k = shape_of(eqn.outvars[0])[axis]
+    k, axis_of = shape_of(eqn.outvars[0])[axis], views[axis].axis
+    if eqn.primitive.name == "top_k":
+        walk.least.append((axis_of, k, walk.reason("its places are ranked")))
+    else:
+        walk.freeze([views[axis]], "its places are ranked and numbered")
     return [_replace(views, axis, walk.frozen(k, "ranked"))] * len(eqn.outvars)
 
 
@@ -448,6 +458,27 @@ def _dot_general(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[Views]
     return [(*batch, *left_out, *right_out)]
 
 
+@_rule("ragged_dot_general")
+def _ragged_dot(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[Views]:
+    """A product of rows with the weights of the group that they are in."""
+    p = eqn.params["ragged_dot_dimension_numbers"]
+    (left_in, right_in), (left_batch, right_batch) = p.dot_dimension_numbers
+    left, right, sizes = (value.views for value in ins)
+    (ragged,) = p.lhs_ragged_dimensions
+    if ragged in (*left_in, *left_batch) or len(p.rhs_group_dimensions) != 1:
+        return unknown(walk, eqn, ins)
+    (group,) = p.rhs_group_dimensions
+    walk.unify(right[group], sizes[-1])
+    batch = [walk.unify(left[i], right[j]) for i, j in zip(left_batch, right_batch, strict=True)]
+    for i, j in zip(left_in, right_in, strict=True):
+        walk.unify(left[i], right[j])
+    right_out = _without(right, (*right_in, *right_batch, group))
+    if not ins[1].data:
+        walk.role([right[j] for j in (*right_in, group)], "consumes")
+        walk.role(right_out, "produces")
+    return [(*batch, *_without(left, (*left_in, *left_batch)), *right_out)]
+
+
 @_rule("conv_general_dilated")
 def _conv(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[Views]:
     p, shape = eqn.params, shape_of(eqn.outvars[0])
@@ -504,7 +535,7 @@ def _gather(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[Views]:
         if batching:
             n = numbers.operand_batching_dims.index(i)
             walk.unify(view, indices[numbers.start_indices_batching_dims[n]])
-        elif not kept:
+        elif not kept and not _is_tied(walk, view, i, ins[1], numbers.start_index_map):
             walk.freeze([view], "indexed")
         if not batching and i not in numbers.collapsed_slice_dims:
             out[next(places)] = view if kept else walk.frozen(sizes[i], "indexed")
@@ -527,7 +558,8 @@ def _scatter(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[Views]:
             n = numbers.operand_batching_dims.index(i)
             out[i] = walk.unify(view, indices[numbers.scatter_indices_batching_dims[n]])
         elif i in numbers.inserted_window_dims:
-            walk.freeze([view], "written to by index")
+            if not _is_tied(walk, view, i, ins[1], numbers.scatter_dims_to_operand_dims):
+                walk.freeze([view], "written to by index")
         else:
             out[i] = _overwrite(walk, view, updates[next(windows)])
     walk.freeze(indices[-1:], "an index")
@@ -535,6 +567,18 @@ def _scatter(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[Views]:
     for i, view in zip(places, indices[:-1], strict=True):
         walk.unify(updates[i], view)
     return [tuple(out)]
+
+
+def _is_tied(walk: Walk, view: View, dim: int, index: Value, dims: Sequence[int]) -> bool:
+    """Whether an axis is indexed by numbers of its own units, or of those of an axis that shrinks along."""
+    if dim not in dims:
+        return False
+    depth = index.views[-1].axis.size
+    owner = indices.of_component(index, list(dims).index(dim), depth)
+    if owner is None or owner.size != view.axis.size:
+        return False
+    walk.unify(view, View(owner))
+    return True
 
 
 def _overwrite(walk: Walk, view: View, update: View) -> View:

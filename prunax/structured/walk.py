@@ -35,16 +35,30 @@ class View(NamedTuple):
     origins: Origins = frozenset()
 
 
+class Numbers(NamedTuple):
+    """That an array's elements are numbers of units.
+
+    Attributes:
+        axes: Of which axis; or of which for each element of an index vector, the last axis; None for other numbers.
+        chosen: Whether they were chosen (by `top_k`, say), and not counted.
+    """
+
+    axes: tuple[Axis | None, ...]
+    chosen: bool
+
+
 class Value(NamedTuple):
     """What is known of an array in the program.
 
     Attributes:
         views: One for each axis.
         data: Whether it depends on the function's inputs, and not on parameters and constants alone.
+        numbers: What its elements are numbers of, see `prunax.structured.indices`.
     """
 
     views: tuple[View, ...]
     data: bool = False
+    numbers: Numbers | None = None
 
     @property
     def axes(self) -> tuple[Axis, ...]:
@@ -88,6 +102,8 @@ class Trace(NamedTuple):
 
 # A rule gives the axes of each output; a whole value where it knows what the output depends on.
 Rule = Callable[["Walk", JaxprEqn, Sequence[Value]], Sequence[Any]]
+# What outputs are numbers of, when their axes are known.
+Numbering = Callable[["Walk", JaxprEqn, Sequence[Value], Sequence[Value]], Sequence[Numbers | None]]
 
 
 class Walk:
@@ -96,14 +112,17 @@ class Walk:
     Attributes:
         roles: For each ``(leaf, axis)`` of the parameters what it does where it meets data: "produces", "consumes".
         contracted: Axes over which two activations are multiplied.
+        least: Axes of which so many units are taken, and by what.
         eqn: The equation being read.
         inner: Jaxprs walked on its account.
         callers: The equations that call the jaxpr being read, outermost first: a library's function that was traced
             before doesn't know the line that calls it this time.
     """
 
-    def __init__(self, rules: dict[str, Rule]) -> None:
+    def __init__(self, rules: dict[str, Rule], numbering: Numbering) -> None:
         self.rules = rules
+        self.numbering = numbering
+        self.least: list[tuple[Axis, int, Frozen]] = []
         self.roles: dict[tuple[int, int], set[str]] = {}
         self.contracted: list[Axis] = []
         self.eqn: JaxprEqn | None = None
@@ -186,12 +205,14 @@ def walk(state: Walk, jaxpr: programs.ClosedJaxpr, ins: Sequence[Value]) -> Trac
     for eqn in jaxpr.jaxpr.eqns:
         values = [read(var) for var in eqn.invars]
         state.eqn, state.inner = eqn, []
-        rule = state.rules.get(eqn.primitive.name, _unknown)
+        rule = state.rules.get(eqn.primitive.name, unknown)
         outs = rule(state, eqn, values)
         data = any(value.data for value in values)
-        for var, out in zip(eqn.outvars, outs, strict=True):
-            out = out if isinstance(out, Value) else Value(tuple(out), data)
-            env[var] = Value(tuple(View(v.axis) for v in out.views), True) if out.data else out
+        outs = [out if isinstance(out, Value) else Value(tuple(out), data) for out in outs]
+        known = state.numbering(state, eqn, values, outs)
+        for var, out, numbers in zip(eqn.outvars, outs, known, strict=True):
+            views = tuple(View(v.axis) for v in out.views) if out.data else out.views
+            env[var] = Value(views, out.data, numbers)
         taken, given = [value.axes for value in values], [env[var].axes for var in eqn.outvars]
         steps.append(Step(eqn, tuple(taken), tuple(given), tuple(state.inner)))
     outs = tuple(read(var) for var in jaxpr.jaxpr.outvars)
@@ -199,7 +220,7 @@ def walk(state: Walk, jaxpr: programs.ClosedJaxpr, ins: Sequence[Value]) -> Trac
     return Trace(jaxpr, const_axes, in_axes, outs, tuple(steps))
 
 
-def _unknown(state: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[tuple[View, ...]]:
+def unknown(state: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[tuple[View, ...]]:
     """A primitive without a rule: nothing that it touches may shrink."""
     why = "used in a way that is not known to allow fewer units"
     for value in ins:

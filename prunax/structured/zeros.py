@@ -45,7 +45,7 @@ ADDS = frozenset(
     "add add_any sub max min or xor concatenate stack dynamic_update_slice select_n".split()
 ) | frozenset(SCATTERS.split())
 # Zero where any operand is.
-MULTIPLIES = frozenset({"mul", "and", "dot_general", "conv_general_dilated"})
+MULTIPLIES = frozenset({"mul", "and", "dot_general", "conv_general_dilated", "ragged_dot_general"})
 
 Zero = frozenset[Axis]
 
@@ -185,6 +185,11 @@ def _check(step: Step, zero: list[Zero], present: list[Zero], live: Zero, found:
         gone = frozenset.union(*present) - _atoms(step.outs[0], live)
         found.remains.update(gone - (zero[0] | zero[1]))
         found.remains.update(_contracted_twice(step, live) - (zero[0] | zero[1]))
+        return
+    if name in ("top_k", "argmax", "argmin"):
+        # A unit that gives zero may still be the largest.
+        axis = eqn.params["axes"][0] if "axes" in eqn.params else eqn.params.get("axis", -1)
+        found.remains.update(_atoms([step.ins[0][axis]], live))
         return
     if name in ALONG_AXIS or name not in REDUCTIONS:
         return
