@@ -203,12 +203,12 @@ def products(jaxpr):
 
 
 @pytest.mark.parametrize(
-    ("name", "least"), [("sparsegpt", 2), ("refit", 3), ("calibration.admm", 6), ("retarget", 3)]
+    ("name", "least"), [("sparsegpt", 2), ("refit", 3), ("alps", 6), ("propagate_errors", 3)]
 )
 def test_solvers_multiply_in_full(name, least):
     functions = FUNCTIONS | {
-        "retarget": (
-            lambda w, gram: solver.retarget(w, solver.factorize(gram), gram, 0.5),
+        "propagate_errors": (
+            lambda w, gram: solver.propagate_errors(w, solver.factorize(gram), gram, 0.5),
             MATRIX,
             GRAM,
         )
