@@ -57,6 +57,8 @@ def get_masks(opt_state: Any, params: Tree) -> Tree:
         )
     for place, stored in found:
         path = "/".join(place)
+        if place not in shapes and place[:1] in (("fast",), ("slow",)):
+            place = place[1:]  # one of the two copies of `optax.LookaheadParams`
         if place not in shapes:
             raise ValueError(
                 f"get_masks: the state has a mask for {path!r}, which is not in the params. These are: "

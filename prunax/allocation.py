@@ -200,17 +200,19 @@ def erdos_renyi(leaves: Sequence[Leaf], sparsity: chex.Numeric) -> Allocation:
     return Allocation(_one_each(leaves, [1 - density[i] for i in range(len(leaves))]))
 
 
-@dataclass(frozen=True, init=False)
-class by_path:
+def by_path(sparsities: Mapping[str, float]) -> Allocator:
     """Give leaves their sparsities by name.
-
-    Attributes:
-        sparsities: ``(pattern, sparsity)`` pairs from the mapping given: a pattern is a path or a glob, as in
-            ``{"encoder/*": 0.9, "head/kernel": 0.5}``, and the first that matches a leaf counts. Leaves that none
-            matches get the overall sparsity of the call, and are kept whole where that is None.
 
     The sparsities are constants: under a schedule, which moves the overall sparsity, a named leaf has its own from the
     first update on.
+
+    Args:
+        sparsities: A path or a glob to a sparsity, as in ``{"encoder/*": 0.9, "head/kernel": 0.5}``; the first that
+            matches a leaf counts. Leaves that none matches get the overall sparsity of the call, and are kept whole
+            where that is None.
+
+    Returns:
+        The allocation. It needs no overall sparsity.
 
     Raises:
         ValueError: If a sparsity is not in [0, 1]; when applied, if a pattern matches no prunable leaf.
@@ -223,13 +225,21 @@ class by_path:
         >>> int(masks["body"]["kernel"].sum()), int(masks["head"]["kernel"].sum())
         (4, 4)
     """
+    for pattern, sparsity in sparsities.items():
+        schedules.check_sparsity("by_path", sparsity, f"the sparsity of {pattern!r}")
+    return _ByPath(tuple(sparsities.items()))
 
+
+def needs_sparsity(allocation: Allocator) -> bool:
+    """Say whether an allocation asks for an overall sparsity: one with a false `needs_sparsity` does not."""
+    return getattr(allocation, "needs_sparsity", True)
+
+
+@dataclass(frozen=True)
+class _ByPath:
     sparsities: tuple[tuple[str, float], ...]
 
-    def __init__(self, sparsities: Mapping[str, float]) -> None:
-        for pattern, sparsity in sparsities.items():
-            schedules.check_sparsity("by_path", sparsity, f"the sparsity of {pattern!r}")
-        object.__setattr__(self, "sparsities", tuple(sparsities.items()))
+    needs_sparsity = False
 
     def __call__(self, leaves: Sequence[Leaf], sparsity: chex.Numeric | None) -> Allocation:
         for pattern, _ in self.sparsities:

@@ -332,7 +332,7 @@ def _check_request(
 ) -> None:
     patterns.check_pattern("compute_masks", pattern)
     allocations.check_allocation("compute_masks", allocation)
-    fixed = pattern.max_sparsity is not None or isinstance(allocation, allocations.by_path)
+    fixed = pattern.max_sparsity is not None or not allocations.needs_sparsity(allocation)
     if threshold is not None:
         if sparsity is not None:
             raise ValueError("compute_masks: got both sparsity and threshold. Pass one of them.")

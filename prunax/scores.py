@@ -8,7 +8,7 @@ score, never pruned. Scores are real. A new score is a new function with that si
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from prunax import _meshes, trees
 
 __all__ = [
     "Score",
+    "ScoreWithMemory",
     "ema",
     "fisher",
     "gradient",
@@ -212,17 +213,31 @@ def _uniform_like(key: jax.Array, leaf: jax.Array) -> jax.Array:
     return _meshes.shard_like(jax.lax.optimization_barrier((drawn, leaf))[0], leaf)
 
 
-@dataclass(frozen=True)
-class ema:
-    """An exponential moving average of another score, over every training step.
+class ScoreWithMemory(Protocol):
+    """A score that `prunax.prune` advances at every step: it is recognised by these two methods."""
+
+    def init(self, params: Any) -> Any:
+        """What is remembered before the first step."""
+        ...
+
+    def update(self, memory: Any, params: Any, grads: Any) -> Any:
+        """Take in one step. What is remembered is a tree of scores: leaves are ranked by it."""
+        ...
+
+
+def ema(score: Score, decay: float) -> Score:
+    """Score by an exponential moving average of another score, over every training step.
 
     Scores of one minibatch are noisy. `prunax.prune` keeps the average in its state and ranks by it. Steps at which a
     score is not finite do not enter the average of that weight, except that -inf, the score of what is to go before all
     else, is the average for as long as it is the score; after it the average starts anew.
 
-    Attributes:
+    Args:
         score: ``score(params, grads)``.
         decay: Weight of the past, in [0, 1): about ``1 / (1 - decay)`` steps are remembered.
+
+    Returns:
+        The score, a `ScoreWithMemory`. Called as a function it is the score of one step alone.
 
     Raises:
         ValueError: If the decay is not in [0, 1).
@@ -232,16 +247,17 @@ class ema:
         >>> score = prunax.scores.ema(prunax.scores.saliency, 0.99)
         >>> tx = prunax.prune(optax.adam(1e-3), prunax.schedules.polynomial(0.9, 0, 1000, every=50), score=score)
     """
+    if not 0 <= decay < 1:
+        raise ValueError(f"scores.ema: decay must lie in [0, 1), got {decay}.")
+    return _Average(score, decay)
 
+
+@dataclass(frozen=True)
+class _Average:
     score: Score
     decay: float
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"scores.ema: decay must lie in [0, 1), got {self.decay}.")
-
     def __call__(self, params: PyTree, grads: PyTree) -> PyTree:
-        """Score of this step alone."""
         return self.score(params, grads)
 
     def init(self, params: PyTree) -> PyTree:
@@ -256,8 +272,6 @@ class ema:
         )
 
     def update(self, average: PyTree, params: PyTree, grads: PyTree) -> PyTree:
-        """Take in the scores of one step."""
-
         def mix(old: jax.Array, new: jax.Array) -> jax.Array:
             past = jnp.where(jnp.isneginf(old), jnp.float32(0), old)
             mixed = self.decay * past + (1 - self.decay) * new.astype(jnp.float32)
@@ -278,6 +292,12 @@ def check_score(function: str, score: object) -> None:
     raise TypeError(
         f"{function}: score must be a function of params and grads, got {score!r}. Pass {mend}."
     )
+
+
+def memory_of(score: Score) -> ScoreWithMemory | None:
+    """The score itself where it has memory."""
+    memory: Any = score
+    return memory if hasattr(score, "init") and hasattr(score, "update") else None
 
 
 def needs_key(score: Score) -> bool:

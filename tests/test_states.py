@@ -78,6 +78,17 @@ def test_masks_are_found(kind):
     assert summary.weights - summary.kept == sum(expected.values()) and not summary.warnings
 
 
+def test_lookahead_has_masks_for_both_copies():
+    params = optax.LookaheadParams.init_synced(PARAMS)
+    tx = prunax.prune(optax.lookahead(optax.sgd(0.1), sync_period=2, slow_step_size=0.5), 0.5)
+    state = tx.init(params)
+    updates, state = tx.update(jax.tree.map(jnp.ones_like, PARAMS), state, params)
+    params = optax.apply_updates(params, updates)
+    assert zeros(prunax.get_masks(state, params.fast)) == BOTH
+    both = prunax.get_masks(state, params)
+    assert zeros(both.fast) == BOTH and zeros(both.slow) == BOTH
+
+
 def test_abstract_and_traced_params():
     params, state = trained(half(packed=True), PARAMS)
     shapes = jax.eval_shape(lambda: params)

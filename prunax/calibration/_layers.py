@@ -45,7 +45,7 @@ def prune_layers(
     sparsity: float | None = None,
     *,
     pattern: patterns.Pattern | None = None,
-    allocation: Any = allocations.uniform,
+    allocation: allocations.Allocator = allocations.uniform,
     where: trees.Where | None = None,
     sequential: bool = True,
     donate: bool = False,
@@ -202,7 +202,7 @@ def _prune(
     sparsity: float | None,
     *,
     pattern: Any = None,
-    allocation: Any = allocations.uniform,
+    allocation: allocations.Allocator = allocations.uniform,
     where: trees.Where | None = None,
     sequential: bool = True,
     donate: bool = False,
@@ -419,10 +419,8 @@ def _check_request(
         raise TypeError(
             f"{function}: method must be a method such as calibration.Wanda(), got {method!r}."
         )
-    if isinstance(pattern, type):
-        raise TypeError(
-            f"{function}: pattern must be a pattern, got its class. Call it: {pattern.__name__}(...)."
-        )
+    patterns.check_pattern(function, pattern)
+    allocations.check_allocation(function, allocation)
     problem = method.check(pattern) if hasattr(method, "check") else None
     if problem is not None:
         raise TypeError(f"{function}: {problem}.")
@@ -430,7 +428,7 @@ def _check_request(
         raise TypeError(f"{function}: the sparsity must be a number, got a traced value.")
     if sparsity is not None:
         schedules.check_sparsity(function, sparsity)
-    elif pattern.max_sparsity is None and not isinstance(allocation, allocations.by_path):
+    elif pattern.max_sparsity is None and allocations.needs_sparsity(allocation):
         raise ValueError(
             f"{function}: needs a sparsity in [0, 1], or a pattern that fixes it (patterns.NM), or "
             f"allocation.by_path. Pass 0.5 to remove half of the weights."

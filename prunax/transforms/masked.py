@@ -71,7 +71,7 @@ def train_masked(
     where: trees.Where,
     mask_gradients: bool,
     packed: bool,
-    average: score_functions.ema | None = None,
+    average: score_functions.ScoreWithMemory | None = None,
     given: PyTree | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Wrap an optimizer so that it trains under masks that `next_masks` renews at `is_update_step`.

@@ -91,7 +91,7 @@ def prune(
     score_functions.check_score("prune", score)
     trees.check_where("prune", where)
     schedule = schedules.as_schedule(pattern.max_sparsity if sparsity is None else sparsity)
-    average = score if isinstance(score, score_functions.ema) else None
+    average = score_functions.memory_of(score)
     if key is not None and average is not None:
         raise ValueError(
             "prune: a score under scores.ema takes no key. Bind it: ema(functools.partial(score, key=key), decay)."
