@@ -67,6 +67,10 @@ TYPES = {
         "prune: `where` is called with a path and",
     ),
     "where is a name": (masks_of(PARAMS, 0.5, where="kernel"), "must be a function, got 'kernel'"),
+    "pattern of wanda": (
+        lambda: prunax.calibration.wanda(lambda p, x: x, PARAMS, [jnp.ones(8)], pattern="2:4"),
+        "wanda: pattern must be a pattern, got '2:4'. .* patterns.NM(2, 4)",
+    ),
     "a module called": (
         lambda: prunax.transforms(SGD, 0.5),  # pyright: ignore
         "prunax.transforms is a module and cannot be called. Call what is in it: .*fixed_masks",
