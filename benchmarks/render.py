@@ -18,6 +18,7 @@ from pathlib import Path
 from benchmarks import (
     accelerator,
     budgets,
+    front,
     llm,
     methods,
     overhead,
@@ -55,6 +56,7 @@ def all_tables(results: Path) -> dict[str, str]:
         if file.is_file():
             found = tables(json.loads(file.read_text()))
             named |= {name: table.markdown() for name, table in found.items()}
+    named["front"] = front.table(results).markdown()
     devices = sorted(results.glob(f"{accelerator.STEM}-*.json"))
     named[accelerator.STEM] = accelerator.published([json.loads(f.read_text()) for f in devices])
     return named

@@ -1,6 +1,8 @@
 """Draws the pictures of the documentation: `python docs/pictures.py`. Those of results are the benchmarks'."""
 
+import json
 import re
+import statistics
 from pathlib import Path
 
 import jax
@@ -22,10 +24,37 @@ def tour() -> None:
             exec(block.replace('"layers.png"', f"{str(IMAGES / 'layers.png')!r}"), namespace)
 
 
+def methods() -> None:
+    """Accuracy against sparsity of five methods, from the results of `python -m benchmarks.methods`."""
+    names = {
+        "imp": "lottery tickets",
+        "straight-through": "straight-through",
+        "global": "gradual, ranked globally",
+        "magnitude": "gradual, uniform",
+        "random": "random masks",
+    }
+    results = DOCS.parent / "benchmarks" / "results" / "methods.json"
+    records = [r for r in json.loads(results.read_text())["records"] if r["network"] == "lenet5"]
+    curves: dict[str, list] = {label: [] for label in names.values()}
+    for record in sorted(records, key=lambda r: r["sparsity"]):
+        accuracy = [100 * a for a in record["test_accuracy"]]
+        if record["method"] == "dense":
+            dense = statistics.mean(accuracy)
+        elif record["method"] in names:
+            mean, deviation = statistics.mean(accuracy), statistics.stdev(accuracy)
+            curves[names[record["method"]]].append((record["sparsity"], mean, deviation))
+    figure = prunax.reports.plots.fronts(
+        curves, dense=dense, ylabel="test accuracy, %", title="LeNet-5 on Fashion-MNIST"
+    )
+    figure.axes[0].set_ylim(70, 91)
+    figure.savefig(IMAGES / "methods.png")
+
+
 def main() -> None:
     """Writes all of them."""
     IMAGES.mkdir(exist_ok=True)
     tour()
+    methods()
     schedule = prunax.schedules.polynomial(0.9, begin_step=100, end_step=200, every=30)
     prunax.reports.plots.schedule(schedule, 300).savefig(IMAGES / "schedule.png")
 

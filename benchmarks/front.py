@@ -1,0 +1,99 @@
+"""The figures of the README: one row of each benchmark, from its results file, with the command beside it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import harness
+from benchmarks.zoo import __main__ as zoo
+
+Row = tuple[str, str, str, str]
+
+
+def table(results: Path) -> harness.Table:
+    """The table of all results that a folder has."""
+    rows: list[Row] = []
+    for name, row in ROWS.items():
+        file = results / f"{name}.json"
+        if file.is_file():
+            rows += [(*cells, f"`{name}`") for cells in row(json.loads(file.read_text()))]
+    columns = ("what", "prunax", "beside it", "`python -m benchmarks.`")
+    return harness.Table(columns, rows, text=4, title="The front page")
+
+
+def _selection(content: Mapping[str, Any]) -> Sequence[tuple[str, str, str]]:
+    (seconds,) = (
+        r["seconds"]
+        for r in content["results"]
+        if (r["input"], r["size"], r["sparsity"]) == ("normal", 10_000_000, 0.9)
+    )
+    ms = {name: f"{1e3 * s:,.0f} ms" for name, s in seconds.items()}
+    others = "argsort, as JaxPruner", "torch.topk", "numpy.partition"
+    keys = "argsort", "torch.topk", "numpy.partition"
+    beside = ", ".join(
+        f"{name} {ms[key]}" for name, key in zip(others, keys, strict=True) if key in ms
+    )
+    return [("masks of 10 M weights at 90%", ms["prunax"], beside)]
+
+
+def _overhead(content: Mapping[str, Any]) -> Sequence[tuple[str, str, str]]:
+    ratios = content["results"]["a step without mask update, 4 x 1024 x 1024"]["ratio"]
+    what = "a training step under masks, of a dense step"
+    return [
+        (what, f"{ratios['packed']:.3f} (masks of one bit), {ratios['bool']:.3f} (of one byte)", "")
+    ]
+
+
+def _methods(content: Mapping[str, Any]) -> Sequence[tuple[str, str, str]]:
+    def accuracy(name: str, sparsity: float) -> str:
+        for r in content["records"]:
+            if (r["network"], r["method"], r["sparsity"]) == ("mlp", name, sparsity):
+                return f"{100 * sum(r['test_accuracy']) / len(r['test_accuracy']):.2f}"
+        return "-"
+
+    what = "Fashion-MNIST, LeNet-300-100, nine weights in ten pruned, accuracy %"
+    dense = next(r for r in content["records"] if r["method"] == "dense" and r["network"] == "mlp")
+    mean = 100 * sum(dense["test_accuracy"]) / len(dense["test_accuracy"])
+    prunax = f"{accuracy('global', 0.9)} gradual, {accuracy('imp', 0.9)} lottery ticket"
+    return [(what, prunax, f"dense {mean:.2f}, random masks {accuracy('random', 0.9)}")]
+
+
+def _llm(content: Mapping[str, Any]) -> Sequence[tuple[str, str, str]]:
+    found = {
+        r["method"]: r["perplexity"]["quotations"]
+        for r in content["results"]
+        if r["target"] == "50%"
+    }
+    best = min(found, key=lambda name: found[name])
+    others = [f"{n} {found[n]:.1f}" for n in ("Wanda", "magnitude") if n in found]
+    dense = f"dense {content['dense']['quotations']:.1f}"
+    what = "SmolLM2-135M, half of the weights, no training, perplexity of quotations"
+    return [(what, f"{found[best]:.1f} ({best})", ", ".join([dense, *others]))]
+
+
+def _structured(content: Mapping[str, Any]) -> Sequence[tuple[str, str, str]]:
+    rows = {r["target"]: r for r in content["rows"] if r["network"] == "resnet"}
+    dense, half = rows[1.0], rows[0.5]
+    faster = dense["batched"] / half["batched"]
+    share = half["flops"] / dense["flops"]
+    what = "ResNet, channels removed, accuracy %"
+    prunax = f"{100 * half['accuracy']:.1f} at {share:.0%} of the FLOPs, {faster:.1f} times as fast"
+    return [(what, prunax, f"dense {100 * dense['accuracy']:.1f}")]
+
+
+def _zoo(content: Mapping[str, Any]) -> Sequence[tuple[str, str, str]]:
+    records = content["records"]
+    right = sum(map(zoo.is_right, records))
+    what = "networks that others wrote, halved, equal to the masked ones"
+    return [(what, f"{right} of {len(records)}", "Torch-Pruning publishes 77 of 85 of torchvision")]
+
+
+ROWS = {
+    "selection": _selection,
+    "overhead": _overhead,
+    "methods": _methods,
+    "llm": _llm,
+    "structured": _structured,
+    "zoo": _zoo,
+}
