@@ -11,21 +11,8 @@ VIT = dict(img_size=32, patch_size=8, dim=32, depths=[2], num_heads=4)
 
 # The class, and its sizes.
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "AttNet": ("AttNet", WIDTHS),
+    "AttNet": ("AttNet", WIDTHS | dict(img_size=224)),
     "ConvNeXt": ("ConvNeXt", WIDTHS),
-    "FasterViT": (
-        "FasterViT",
-        dict(
-            img_size=64,
-            dim=16,
-            in_dim=16,
-            num_heads=[2, 4, 8, 16],
-            hat=[False, False, True, False],
-            depths=[1, 1, 1, 1],
-            window_size=[4, 4, 2, 2],
-            ct_size=2,
-        ),
-    ),
     "LowFormer": (
         "LowFormer",
         dict(
@@ -71,10 +58,6 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             head_dim=8,
         ),
     ),
-    "SHViT": (
-        "SHViT",
-        dict(dim=[16, 32, 48], pdim=[8, 16, 24], depths=[1, 1, 1]),
-    ),
     "ViT": ("VisionTransformer", VIT),
     "ViT-registers": ("VisionTransformer", VIT | dict(reg_tokens=2, init_values=0.1)),
     "ViT-rope": (
@@ -82,7 +65,6 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         VIT | dict(use_global_pos_embed=False, use_local_pos_embed=True),
     ),
     "ViT-swiglu": ("VisionTransformer", VIT | dict(ffn_layer="swiglu", qk_norm=True)),
-    "ViT-parallel": ("VisionTransformer", VIT | dict(block="parallelattentionblock")),
     "Vssd": (
         "Vssd",
         dict(
@@ -95,7 +77,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "IFormer": ("iformer_t", {}),
     "MobileNetV3-small": ("mobilenetv3_small", {}),
-    "LowFormer-B0": ("lowformer_backbone_b0", {}),
+    "LowFormer-B0": ("lowformer_backbone_b0", dict(attention_type="softmax")),
 }
 
 

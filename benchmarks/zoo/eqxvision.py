@@ -34,8 +34,8 @@ CONFIGS: dict[str, tuple[Any, ...]] = {
     "shufflenet_v2_x1_0": (32,),
     "squeezenet1_0": (32,),
     "squeezenet1_1": (32,),
-    "swin_t": (56,),
-    "swin_v2_t": (56,),
+    "swin_t": (224,),
+    "swin_v2_t": (256,),
     "vgg11": (224,),
     "vgg11_bn": (224,),
     "vit_tiny": (
