@@ -17,7 +17,7 @@ from prunax import trees
 
 PyTree = Any
 SOURCES = """
-    keras transformers haiku equimo eqxvision flowjax jraph flaxmodels equinox linen nnx plain
+    keras transformers haiku equimo eqxvision flowjax jraph flaxmodels equinox gemma tunix linen nnx plain
 """.split()
 
 

@@ -6,7 +6,9 @@ soon as it is there, and the same command goes on where it stopped; `--again` re
 
 import argparse
 import collections
+import contextlib
 import fnmatch
+import importlib.metadata
 import json
 import os
 import re
@@ -36,6 +38,9 @@ ENVIRONMENT = {
     "XLA_FLAGS": "--xla_backend_optimization_level=0",
 }
 ROOT = Path(__file__).parents[2]
+PACKAGES = """
+    keras transformers dm-haiku equimo eqxvision flowjax jraph flaxmodels equinox gemma google-tunix
+""".split()
 PATIENCE = 20  # so many seconds on the clock for each of CPU, where the machine has other work
 
 
@@ -190,21 +195,34 @@ def tables(content: Mapping[str, Any]) -> dict[str, harness.Table]:
     }
 
 
+def versions() -> dict[str, str]:
+    """The versions of the sources that are installed."""
+    found = {}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
 class Results:
     """The results file: networks in the order of the sources, each as soon as it is there."""
 
     def __init__(self, file: Path, order: Sequence[str]) -> None:
         self.file, self.order = file, order
         content = json.loads(file.read_text()) if file.is_file() else {"records": []}
+        self.packages: dict[str, str] = content.get("environment", {}).get("packages", {})
         self.records: dict[str, Record] = {r["name"]: r for r in content["records"]}
 
     def add(self, record: Record) -> None:
         """Takes in a result and writes the file, whole or not at all."""
         self.records[record["name"]] = record
         partial = self.file.with_suffix(".partial")
+        environment = harness.environment()
+        # Sources may be installed in several environments, whose runs go on in one file.
+        environment["packages"] = self.packages | versions() | environment["packages"]
         content = {
             "command": "python -m benchmarks.zoo",
-            "environment": harness.environment(),
+            "environment": environment,
             "settings": {"sparsity": SPARSITY, "tolerance": TOLERANCE},
             "records": [self.records[name] for name in self.order if name in self.records],
         }
