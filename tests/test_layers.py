@@ -1,6 +1,7 @@
 """Each module of prunax imports lower layers only, and `import prunax` stays light."""
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -64,6 +65,14 @@ def test_imports_lower_layers(part):
         assert LAYER[other] < LAYER[part] or LAYER[other] == LAYER[part] == LAYER["scores"], (
             f"{part} (layer {LAYER[part]}) imports {other} (layer {LAYER[other]})"
         )
+
+
+def test_contributing_shows_these_layers():
+    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| (.*?) \|", text, re.MULTILINE)
+    assert [(int(depth), set(re.findall(r"`(\w+)`", parts))) for depth, parts in rows] == list(
+        enumerate(LAYERS)
+    )
 
 
 def test_no_circular_imports():
