@@ -87,7 +87,10 @@ def warn_of_no_numbers(name: str, chosen: trees.Selection, masks: list[Any] | No
     """Warn if a weight that is pruned, or may be, is infinite or NaN: no update can bring it to zero."""
     if trees.is_traced(*chosen.leaves, *(masks or [])):
         return
-    counts = jax.device_get(_infinite(chosen.leaves, masks))
+    found = _infinite(chosen.leaves, masks)
+    if trees.is_traced(*jax.tree.leaves(found)):  # of arrays that a function under trace closes over
+        return
+    counts = jax.device_get(found)
     bad = [
         f"{path!r} ({n} of {leaf.size})"
         for path, leaf, n in zip(chosen.paths, chosen.leaves, counts, strict=True)
