@@ -2,14 +2,16 @@
 
 `sensitivity` measures the loss when one structure alone is pruned, `allocate` shares out a total budget so that the
 loss of all is low, and `max_sparsity` prunes as much as a limit of the loss accepts. A structure is a leaf under a
-pattern (`leaves`) or a channel group of the network (`channels`); budgets count weights, bytes or operations.
+pattern (`leaves`), a channel group (`channels`), a residual branch or block (`branches`) or the experts of a mixture
+(`experts`), or some of each (`together`); budgets count weights, bytes, operations or seconds.
 """
 
 from prunax.search.acceptance import Decision, Found, max_sparsity
 from prunax.search.budgets import Allocated, allocate
 from prunax.search.costs import bytes_per_weight, flops_per_weight
 from prunax.search.curves import SPARSITIES, Sensitivity, sensitivity
-from prunax.search.structures import Structures, channels, leaves
+from prunax.search.structures import Structures, channels, leaves, together
+from prunax.search.switches import branches, experts
 
 __all__ = [
     "SPARSITIES",
@@ -19,10 +21,13 @@ __all__ = [
     "Sensitivity",
     "Structures",
     "allocate",
+    "branches",
     "bytes_per_weight",
     "channels",
+    "experts",
     "flops_per_weight",
     "leaves",
     "max_sparsity",
     "sensitivity",
+    "together",
 ]

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prunax import _counts, masks, trees
+from prunax import _counts, trees
 from prunax.search.structures import Structures, words
 
 __all__ = ["Losses"]
@@ -52,8 +52,7 @@ class Losses:
             return treedef.unflatten(full)
 
         def loss(values: Sequence[Any], scores: Any, num_pruned: _counts.Count) -> jax.Array:
-            pruned = self.structures.build(scores, num_pruned)
-            return loss_fn(masks.apply_masks(whole(values), pruned))
+            return self.structures.pruned(loss_fn, scores, num_pruned)(whole(values))
 
         self._arguments = [flat[i] for i in arrays], self.structures.scores
         result = jax.eval_shape(lambda values: loss_fn(whole(values)), self._arguments[0])

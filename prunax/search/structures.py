@@ -1,6 +1,7 @@
 """What can be pruned: leaves under a pattern, or channel groups, as structures that lose units one by one."""
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,11 +15,11 @@ from jax.tree_util import Partial
 from prunax import _counts, _selection, masks, patterns, trees
 from prunax import allocation as allocations
 from prunax.search.costs import Cost
-from prunax.structured import AxisGroup, Member, prunable_groups
+from prunax.structured import AxisGroup, prunable_groups
 from prunax.structured.gating import along_axis
 from prunax.structured.ranking import numbers_left, scores_of_units
 
-__all__ = ["Structures", "channels", "leaves"]
+__all__ = ["Structures", "channels", "leaves", "together"]
 
 PyTree = Any
 
@@ -39,6 +40,8 @@ class Structures:
         build: ``build(scores, num_pruned) -> masks``, pure; `num_pruned` is a `_counts.Count` of arrays that may be
             traced, one element a structure.
         starts: Plain allocations by name: ``start(sparsity)`` gives numbers of pruned units, about.
+        switch: ``switch(loss_fn, scores, num_pruned) -> loss_fn``, where masks do not say what is gone: a loss of the
+            params in which those units are. By default the loss under the masks of `build`.
     """
 
     names: tuple[str, ...]
@@ -49,6 +52,19 @@ class Structures:
     scores: Any
     build: Callable[[Any, _counts.Count], PyTree]
     starts: Mapping[str, Callable[[float], np.ndarray]]
+    switch: Callable[[Any, Any, _counts.Count], Callable[[PyTree], Any]] | None = None
+
+    def pruned(self, loss_fn: Callable[[PyTree], Any], scores: Any, num_pruned: Any) -> Any:
+        """A loss of the params in which units are gone; pure.
+
+        Args:
+            loss_fn: ``loss_fn(params) -> scalar``.
+            scores: The structures' `scores`, which may be traced.
+            num_pruned: A `_counts.Count` of arrays, one element a structure, which may be traced.
+        """
+        if self.switch is not None:
+            return self.switch(loss_fn, scores, num_pruned)
+        return lambda params: loss_fn(masks.apply_masks(params, self.build(scores, num_pruned)))
 
     @property
     def cost(self) -> float:
@@ -215,7 +231,8 @@ def channels(
     network smaller, give the result to `structured.prune_channels` through `allocation.by_path`.
 
     Args:
-        groups: From `structured.axis_groups`. Those that `structured.prune_channels` would not shrink are left out.
+        groups: From `structured.axis_groups`. Those that `structured.prune_channels` would not shrink are left out, and
+            experts, for which there is `experts`.
         params: The parameters that they were found in.
         scores: Tree of the params' structure, larger = keep, summed over each unit as by `structured.group_scores`; |w|
             of the leaves that `where` selects when left out.
@@ -243,9 +260,12 @@ def channels(
         >>> structures.masks([3])["up"].tolist()
         [[False, False, False, True], [False, False, False, True]]
     """
-    chosen = prunable_groups(groups, params, where=where)
+    chosen = [g for g in prunable_groups(groups, params, where=where) if not g.numbered]
     if not chosen:
-        reasons = "; ".join(f"{g.name} is {g.frozen or 'not selected'}" for g in groups)
+        reasons = "; ".join(
+            f"{g.name} is {g.frozen or ('chosen by number' if g.numbered else 'not selected')}"
+            for g in groups
+        )
         raise ValueError(f"channels: no group may shrink: {reasons or 'there are none'}.")
     unit_scores = scores_of_units("channels", chosen, params, scores, where)
     ranked = [jnp.asarray(unit_scores[group], jnp.float32) for group in chosen]
@@ -264,23 +284,11 @@ def channels(
         )
         for group in chosen
     ]
-    paths = trees.paths(params)
-    places: dict[str, list[tuple[int, Member]]] = {}
-    for g, group in enumerate(chosen):
-        for member in group.members:
-            places.setdefault(member.path, []).append((g, member))
     pools = tuple((i,) for i in range(len(chosen)))
-    treedef = jax.tree.structure(params)
 
     def build(scores: Any, num_pruned: _counts.Count) -> PyTree:
         kept = _selection.keep_largest(scores, pools, _each(num_pruned, len(chosen)))
-        found = {}
-        for path, here in places.items():
-            shape = tree_leaves[path].shape
-            spread = [along_axis(chosen[g], m, shape, kept[g], other=True) for g, m in here]
-            mask = functools.reduce(jnp.logical_and, spread)
-            found[paths.index(path)] = jnp.broadcast_to(mask, shape)
-        return _put(treedef, found)
+        return unit_masks(chosen, params, kept)
 
     normalized = functools.partial(allocations.global_ranking, normalize=True)
     plain = {"uniform": allocations.uniform, "global_ranking": normalized}
@@ -293,16 +301,100 @@ def channels(
         scores=ranked,
         build=build,
         starts={
-            name: functools.partial(_shared_out_units, a, unit_scores) for name, a in plain.items()
+            name: functools.partial(shared_out_units, a, unit_scores) for name, a in plain.items()
         },
     )
 
 
-def _shared_out_units(
+def together(*structures: Structures) -> Structures:
+    """Let one search share out a budget among structures of several kinds.
+
+    Args:
+        *structures: From `channels`, `branches`, `experts`, `leaves`, of the same params, their costs in one unit.
+
+    Returns:
+        The `Structures`, names and all one after the other. What two of them remove counts for both.
+
+    Raises:
+        ValueError: If a name occurs twice, or there is nothing.
+
+    Examples:
+        >>> import jax.numpy as jnp, prunax
+        >>> params = [{"up": jnp.ones((2, 4)), "down": jnp.ones((4, 2))} for _ in range(2)]
+        >>> def fn(params, x):
+        ...     for p in params:
+        ...         x = x + jnp.tanh(x @ p["up"]) @ p["down"]
+        ...     return x
+        >>> x = jnp.ones((1, 2))
+        >>> widths = prunax.search.channels(prunax.structured.axis_groups(fn, params, x), params)
+        >>> prunax.search.together(widths, prunax.search.branches(fn, params, x)).names
+        ('0/up[1]', '1/up[1]', '0', '1')
+    """
+    names = tuple(name for s in structures for name in s.names)
+    if not names or len(set(names)) < len(names):
+        raise ValueError(
+            f"together: needs structures of different names, got {', '.join(names) or 'none'}."
+        )
+    ends = np.cumsum([0] + [len(s.names) for s in structures])
+    own = [slice(a, b) for a, b in itertools.pairwise(ends)]
+
+    def of_each(scores: Any, num_pruned: _counts.Count) -> list[tuple[Structures, Any, Any]]:
+        return [
+            (s, score, _counts.Count(num_pruned.high[part], num_pruned.low[part]))
+            for s, score, part in zip(structures, scores, own, strict=True)
+        ]
+
+    def build(scores: Any, num_pruned: _counts.Count) -> PyTree:
+        trees_ = [s.build(score, count) for s, score, count in of_each(scores, num_pruned)]
+        return jax.tree.map(lambda *m: functools.reduce(jnp.logical_and, m), *trees_)
+
+    def switch(loss_fn: Any, scores: Any, num_pruned: _counts.Count) -> Callable[[PyTree], Any]:
+        # What reads the program of the loss comes first, so that it reads that of the loss itself.
+        parts = of_each(scores, num_pruned)
+        for s, score, count in sorted(parts, key=lambda part: part[0].switch is None):
+            loss_fn = s.pruned(loss_fn, score, count)
+        return loss_fn
+
+    def start(way: str, sparsity: float) -> np.ndarray:
+        found = [s.starts.get(way, next(iter(s.starts.values())))(sparsity) for s in structures]
+        return np.concatenate(found)
+
+    return Structures(
+        names=names,
+        sizes=tuple(n for s in structures for n in s.sizes),
+        limits=tuple(n for s in structures for n in s.limits),
+        steps=tuple(n for s in structures for n in s.steps),
+        unit_costs=tuple(c for s in structures for c in s.unit_costs),
+        scores=[s.scores for s in structures],
+        build=build,
+        starts={"uniform": functools.partial(start, "uniform")},
+        switch=switch if any(s.switch for s in structures) else None,
+    )
+
+
+def shared_out_units(
     allocation: allocations.Allocator, unit_scores: Mapping[AxisGroup, np.ndarray], sparsity: float
 ) -> np.ndarray:
     left = numbers_left(unit_scores, min(max(sparsity, 0.0), 1.0), allocation)
     return np.array([group.size - count for group, count in left.items()], np.int64)
+
+
+def unit_masks(groups: Sequence[AxisGroup], params: PyTree, kept: Sequence[Any]) -> PyTree:
+    """A mask tree in which the weights of removed units are gone, wherever they lie.
+
+    Args:
+        groups: Groups of units.
+        params: The parameters that they were found in.
+        kept: For each group a boolean ``(units,)``, True = kept.
+    """
+    paths, leaves = trees.paths(params), jax.tree.leaves(params)
+    found: dict[int, Any] = {}
+    for group, units in zip(groups, kept, strict=True):
+        for member in group.members:
+            n = paths.index(member.path)
+            own = along_axis(group, member, leaves[n].shape, units, other=True)
+            found[n] = jnp.broadcast_to(found.get(n, True) & own, leaves[n].shape)
+    return _put(jax.tree.structure(params), found)
 
 
 def words(num_pruned: np.ndarray) -> _counts.Count:

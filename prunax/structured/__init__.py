@@ -1,7 +1,13 @@
 """Structural pruning of any JAX function: coupled axes found from its jaxpr, and the network really smaller."""
 
 from prunax.structured.axes import Frozen, Position
-from prunax.structured.cost import count_flops, count_parameters, latency
+from prunax.structured.cost import (
+    count_bytes,
+    count_cache_bytes,
+    count_flops,
+    count_parameters,
+    latency,
+)
 from prunax.structured.depth import prune_depth
 from prunax.structured.gating import apply_gates, gate_importance, gates
 from prunax.structured.groups import AxisGroup, Explanation, Member, axis_groups, explain
@@ -31,6 +37,8 @@ __all__ = [
     "apply_gates",
     "axis_groups",
     "branches",
+    "count_bytes",
+    "count_cache_bytes",
     "count_flops",
     "count_parameters",
     "expert_importance",

@@ -11,7 +11,7 @@ from jax.extend.core import Jaxpr
 from prunax import trees
 from prunax._jaxprs import programs
 
-__all__ = ["count_flops", "count_parameters", "latency"]
+__all__ = ["count_bytes", "count_cache_bytes", "count_flops", "count_parameters", "latency"]
 
 PyTree = Any
 
@@ -79,6 +79,53 @@ def count_parameters(fn: Callable[..., Any], params: PyTree, *args: Any) -> floa
     """
     del fn, args
     return float(sum(math.prod(x.shape) for x in jax.tree.leaves(params) if trees.is_array(x)))
+
+
+def count_bytes(fn: Callable[..., Any], params: PyTree, *args: Any) -> float:
+    """Count the bytes of all arrays among the parameters.
+
+    Args:
+        fn: Not used; there so that every cost is called alike.
+        params: Pytree of arrays.
+        *args: Not used.
+
+    Returns:
+        The number.
+
+    Examples:
+        >>> import jax.numpy as jnp, prunax
+        >>> prunax.structured.count_bytes(None, {"kernel": jnp.ones((4, 3), jnp.bfloat16)})
+        24.0
+    """
+    del fn, args
+    return _bytes(params)
+
+
+def count_cache_bytes(fn: Callable[..., Any], params: PyTree, *args: Any) -> float:
+    """Count the bytes of what a function returns besides its first output: a cache of keys and values.
+
+    Args:
+        fn: ``fn(params, *args) -> (output, cache, ...)``; only shapes are looked at.
+        params: Pytree of arrays.
+        *args: Example inputs.
+
+    Returns:
+        The number.
+
+    Examples:
+        >>> import jax.numpy as jnp, prunax
+        >>> fn = lambda params, x: (x @ params["out"], x @ params["key"])
+        >>> params = {"out": jnp.ones((4, 3)), "key": jnp.ones((4, 2))}
+        >>> prunax.structured.count_cache_bytes(fn, params, jnp.ones((5, 4)))
+        40.0
+    """
+    _, *rest = jax.eval_shape(lambda params: fn(params, *args), params)
+    return _bytes(rest)
+
+
+def _bytes(tree: PyTree) -> float:
+    arrays = [x for x in jax.tree.leaves(tree) if trees.is_array(x)]
+    return float(sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays))
 
 
 def latency(fn: Callable[..., Any], params: PyTree, *args: Any, repeats: int = 20) -> float:

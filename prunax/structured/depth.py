@@ -102,7 +102,7 @@ def prune_depth(
     else:
         wanted = count or 0
         schedules.check_steps("prune_depth", count=wanted)
-        groups = _blocks(known, blocks)
+        groups = candidates("prune_depth", known, blocks)
         if wanted > len(groups):
             raise ValueError(
                 f"prune_depth: count={count} is more than there are to leave out, {len(groups)}: {', '.join(groups)}."
@@ -313,7 +313,7 @@ def _check_covered(known: Residuals, names: Sequence[str], chosen: Sequence[Bran
             )
 
 
-def _blocks(known: Residuals, pattern: str | None) -> Blocks:
+def candidates(function: str, known: Residuals, pattern: str | None) -> Blocks:
     """The candidates: branches, or those under each path that a glob matches."""
     if pattern is None:
         return {branch.name: [branch] for branch in known.branches}
@@ -324,14 +324,14 @@ def _blocks(known: Residuals, pattern: str | None) -> Blocks:
         if len(under) > 1 or (under and None in homes.values()):
             parts = "; ".join(f"{leaf} in {home or 'none'}" for leaf, home in homes.items())
             raise ValueError(
-                f"prune_depth: blocks={pattern!r} matches a part of the branch {branch.name!r} only: {parts}. "
+                f"{function}: blocks={pattern!r} matches a part of the branch {branch.name!r} only: {parts}. "
                 f"Give a glob of paths that whole branches lie under."
             )
         for home in under:
             found.setdefault(home, []).append(branch)
     if not found:
         raise ValueError(
-            f"prune_depth: blocks={pattern!r} matches no branch. The branches are: "
+            f"{function}: blocks={pattern!r} matches no branch. The branches are: "
             f"{', '.join(branch.name for branch in known.branches)}."
         )
     for name, inside in found.items():
@@ -342,7 +342,7 @@ def _blocks(known: Residuals, pattern: str | None) -> Blocks:
 # Which ones.
 
 
-class _Switches:
+class Switches:
     """The network with a switch at every branch, one program for all choices."""
 
     def __init__(self, known: Residuals) -> None:
@@ -401,7 +401,7 @@ def _by_loss(
 ) -> list[str]:
     """Leave out one after the other, each time the one without which the loss is the least."""
     assert loss is not None
-    switches = _Switches(known)
+    switches = Switches(known)
     number = {branch.name: n for n, branch in enumerate(known.branches)}
     leaves, treedef = jax.tree.flatten((params, args))
     arrays = [leaves[i] for i in known.traced.arrays]
@@ -446,7 +446,7 @@ def _by_influence(
     loss: Loss | None,
 ) -> list[str]:
     """Leave out those whose output is most like their input."""
-    switches = _Switches(known)
+    switches = Switches(known)
     leaves = jax.tree.leaves((params, args))
 
     @jax.jit

@@ -70,6 +70,8 @@ class AxisGroup:
         root: Whether the program multiplies two activations over the units, and divides by a root of their number, as
             attention does with the width of its heads. Code that counts for itself divides by another root afterwards.
         least: The fewest units that may be left: as many as `top_k` takes, the experts of a token.
+        numbered: Whether units are chosen by number, as the experts of a mixture are: one that is removed is one that
+            is never chosen, which weights of zero do not say.
         constants: Where the units lie in arrays that the function closes over; `shrink_function` makes them smaller.
         leaves: All parameters of the function.
     """
@@ -81,6 +83,7 @@ class AxisGroup:
     crosses: tuple[str, ...] = ()
     root: bool = False
     least: int = 1
+    numbered: bool = False
     constants: tuple[Constant, ...] = field(default=(), repr=False, compare=False)
     leaves: tuple[Leaf, ...] = field(default=(), repr=False, compare=False)
 
@@ -156,7 +159,7 @@ class Analysis(NamedTuple):
         outputs: Structure of the function's result.
         names: Path of each array of it.
         contracted: Axes over which two activations are multiplied.
-        least: For atoms of which `top_k` takes some, how many.
+        least: For atoms of which `top_k` or `argmax` takes some, how many.
     """
 
     trace: Trace
@@ -299,6 +302,7 @@ def groups_of(analysis: Analysis) -> tuple[AxisGroup, ...]:
             tuple(followed.crosses.get(atom, {})),
             atom in contracted and scalars.has_root(scales, atom.size),
             analysis.least.get(atom, 1),
+            atom in analysis.least,
             tuple(constants.get(atom, ())),
             analysis.leaves,
         )

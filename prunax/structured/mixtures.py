@@ -130,8 +130,11 @@ Found = dict[Axis, _Sum]
 class _Reader:
     """Evaluates a program, and looks at what it adds up over some atoms."""
 
-    def __init__(self, atoms: frozenset[Axis]) -> None:
+    def __init__(
+        self, atoms: frozenset[Axis], adapt: Callable[[Step, list[Any]], list[Any]] | None = None
+    ) -> None:
         self.atoms = atoms
+        self.adapt = adapt or (lambda step, outs: outs)
         self.tokens: set[Axis] = (
             set()
         )  # axes beside that of the experts where they are chosen among
@@ -161,7 +164,7 @@ class _Reader:
                 outs, inside = self.scan(step, operands)
                 note(inside)
             else:
-                outs = programs.bind(eqn, operands)
+                outs = self.adapt(step, list(programs.bind(eqn, operands)))
                 if eqn.primitive.name in ("top_k", "argmax", "reduce_max"):
                     beside = {axes.find(axis) for axis in step.ins[0]}
                     if beside & self.atoms:
@@ -220,6 +223,56 @@ class _Reader:
                 zeros = jnp.zeros(atom.size)
                 return {atom: _Sum(zeros.at[numbers].add(norms), zeros.at[numbers].add(1.0))}
         return {}
+
+
+def never_chosen(
+    fn: Callable[[PyTree], Any], params: PyTree, groups: Sequence[AxisGroup], open_: dict[str, Any]
+) -> Any:
+    """Evaluate a function of params with some experts closed: their logits are minus infinity.
+
+    Args:
+        fn: ``fn(params)``.
+        params: Pytree of arrays, which may be traced.
+        groups: Groups of experts, of this or another function of these params.
+        open_: For each, by name, a boolean ``(experts,)``, which may be traced.
+
+    Returns:
+        What the function returns.
+    """
+    analysis = analyse(fn, params)
+    gates = {_atom(analysis, group): open_[group.name] for group in groups}
+    beside = {atom: _beside(analysis.trace, atom) for atom in gates}
+
+    def adapt(step: Step, outs: list[Any]) -> list[Any]:
+        if step.eqn.primitive.name not in ("dot_general", "conv_general_dilated"):
+            return outs
+        where = [axes.find(axis) for axis in step.outs[0]]
+        for atom, gate in gates.items():
+            # A router's product: it makes the axis of the experts, and has no other but those of the tokens.
+            made = not all(atom in map(axes.find, operand) for operand in step.ins)
+            others = {a for a in where if a is not atom and a.size > 1}
+            if where.count(atom) == 1 and made and others <= beside[atom]:
+                shape = [-1 if a is atom else 1 for a in where]
+                outs = [jnp.where(gate.reshape(shape), outs[0], -jnp.inf)]
+        return outs
+
+    traced = programs.traced(fn, params, ())
+    leaves = jax.tree.leaves((params, ()))
+    reader = _Reader(frozenset(gates), adapt)
+    outs, _ = reader.run(analysis.trace, [leaves[i] for i in traced.arrays])
+    return analysis.outputs.unflatten(outs)
+
+
+def _beside(trace: Trace, atom: Axis) -> set[Axis]:
+    """The axes beside that of the experts where some are chosen: those of the tokens."""
+    found: set[Axis] = set()
+    for step in trace.steps:
+        for inner in step.inner:
+            found |= _beside(inner, atom)
+        if step.eqn.primitive.name in ("top_k", "argmax"):
+            here = {axes.find(axis) for axis in step.ins[0]}
+            found |= here - {atom} if atom in here else set()
+    return found
 
 
 def _terms(step: Step, operands: Sequence[Any], wanted: set[Axis]) -> list[tuple[Axis, Any]]:

@@ -319,7 +319,9 @@ def _reduce(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[Views]:
 @_rule("argmax", "argmin")
 def _argmax(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[Views]:
     gone = eqn.params["axes"]
-    if len(gone) != 1:
+    if len(gone) == 1:
+        walk.least.append((ins[0].views[gone[0]].axis, 1, walk.reason("its places are numbered")))
+    else:
         walk.freeze([ins[0].views[i] for i in gone], "its places are numbered")
     return [_without(ins[0].views, gone)]
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from jax.extend.core import Literal
 
+from prunax import trees
 from prunax._jaxprs import programs
 from prunax.structured.walk import Trace, shape_of
 
@@ -40,7 +41,7 @@ def has_root(numbers: Iterable[float], size: int) -> bool:
 def _run(trace: Trace, ins: Sequence[float | None], found: set[float]) -> list[float | None]:
     known: dict[Any, float | None] = dict(zip(trace.jaxpr.jaxpr.invars, ins, strict=True))
     for var, x in zip(trace.jaxpr.jaxpr.constvars, trace.jaxpr.consts, strict=True):
-        known[var] = float(x) if np.ndim(x) == 0 and np.isrealobj(x) and _is_number(x) else None
+        known[var] = float(x) if _is_number(x) and np.isrealobj(x) else None
 
     def read(var: Any) -> float | None:
         if isinstance(var, Literal):
@@ -67,5 +68,8 @@ def _run(trace: Trace, ins: Sequence[float | None], found: set[float]) -> list[f
 def _is_number(x: Any) -> bool:
     dtype = getattr(x, "dtype", None)
     return isinstance(x, int | float) or (
-        np.ndim(x) == 0 and dtype is not None and np.issubdtype(np.dtype(dtype), np.number)
+        not trees.is_traced(x)
+        and np.ndim(x) == 0
+        and dtype is not None
+        and np.issubdtype(np.dtype(dtype), np.number)
     )
