@@ -57,7 +57,7 @@ def expert_importance(
 
     Examples:
         >>> import jax, jax.numpy as jnp, prunax
-        >>> params = {"router": jnp.eye(2), "up": jnp.ones((2, 2, 1)) * jnp.array([1.0, 3.0])[:, None, None]}
+        >>> params = {"router": jnp.eye(2), "up": jnp.array([1.0, 3.0])[:, None, None] * jnp.eye(2)}
         >>> def fn(params, x):
         ...     chances = jax.nn.softmax(x @ params["router"])
         ...     hot = jax.nn.one_hot(jnp.argmax(chances, -1), 2) * chances

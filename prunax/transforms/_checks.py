@@ -88,7 +88,9 @@ def warn_of_no_numbers(name: str, chosen: trees.Selection, masks: list[Any] | No
     if trees.is_traced(*chosen.leaves, *(masks or [])):
         return
     found = _infinite(chosen.leaves, masks)
-    if trees.is_traced(*jax.tree.leaves(found)):  # of arrays that a function under trace closes over
+    if trees.is_traced(
+        *jax.tree.leaves(found)
+    ):  # of arrays that a function under trace closes over
         return
     counts = jax.device_get(found)
     bad = [
