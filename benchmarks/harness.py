@@ -13,12 +13,13 @@ from typing import Any
 
 import jax
 import rich.console
-import rich.progress
 
 import prunax
+from prunax import _progress
 from prunax.reports import Table
 
 OUT = Path(__file__).parent / "out"
+progress = _progress.bars
 PACKAGES = "jax jaxlib flax optax numpy torch scikit-learn tensorflow-datasets grain".split()
 
 
@@ -144,18 +145,6 @@ def publish(
     write_markdown(file, head, tables)
     console.print(*tables)
     console.print(f"Figures: {file.with_suffix('.*')}", soft_wrap=True, highlight=False)
-
-
-def progress(console: rich.console.Console) -> rich.progress.Progress:
-    """A progress bar with the time that is left, and room for a note (`note=""`)."""
-    return rich.progress.Progress(
-        rich.progress.TextColumn("{task.description}"),
-        rich.progress.BarColumn(),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-        rich.progress.TextColumn("{task.fields[note]}"),
-        console=console,
-    )
 
 
 def median_seconds(

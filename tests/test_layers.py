@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "prunax"
 LAYERS = [
-    {"_leaf_names", "_modules"},
+    {"_leaf_names", "_modules", "_progress"},
     {"trees"},
     {
         "_meshes",

@@ -7,15 +7,14 @@ stages only the values live that later stages read, and what no product needs is
 
 import functools
 import warnings
-from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prunax import _jaxprs, trees
+from prunax import _jaxprs, _progress, trees
 from prunax.calibration import layouts
 from prunax.calibration._problems import Problem
 from prunax.calibration._reading import read
@@ -143,7 +142,7 @@ def run(
     totals: dict[int, Any] = {}
     outcomes: list[Any] = [None] * len(problems)
 
-    with _progress(progress, len(problems)) as advance:
+    with _progress.counted("calibrating", len(problems), show=progress) as advance:
         for number, stage in enumerate(stages):
             sums = None
             for n, staged in enumerate(layers.staged):
@@ -288,21 +287,3 @@ def _check(function: str, problem: Problem, total: Any) -> None:
 def _health(total: jax.Array) -> tuple[jax.Array, jax.Array]:
     flat = total.reshape(total.shape[0], -1)
     return jnp.all(jnp.isfinite(flat), axis=1), jnp.all(flat == 0, axis=1)
-
-
-@contextmanager
-def _progress(show: bool, total: int) -> Generator[Callable[[str], None]]:
-    """A progress bar in a terminal, nothing elsewhere."""
-    if not show:
-        yield lambda name: None
-        return
-    import rich.progress
-
-    with rich.progress.Progress(
-        rich.progress.TextColumn("{task.description}"),
-        rich.progress.BarColumn(),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-    ) as bar:
-        task = bar.add_task("calibrating", total=total)
-        yield lambda name: bar.update(task, advance=1, description=name)

@@ -2,10 +2,13 @@
 
 import re
 import sys
-from collections.abc import Callable
-from typing import Any, TextIO
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import TextIO
 
 from rich.console import Console
+
+from prunax import _progress
 
 __all__: list[str] = []
 
@@ -51,30 +54,9 @@ def printable(text: str) -> str:
     return text if text.isprintable() else text.encode("unicode_escape").decode()
 
 
-class progress:
+@contextmanager
+def progress(err: Console, verb: str, total: int) -> Generator[Callable[[str], None]]:
     """A bar on the error stream, where that is a terminal. Entered, it is the function that advances it."""
-
-    def __init__(self, err: Console, verb: str, total: int) -> None:
-        self._bar: Any = None
-        if err.is_terminal and sys.stderr.isatty():
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-            done, note = MofNCompleteColumn(), TextColumn("{task.description}")
-            self._bar = Progress(
-                TextColumn(verb), BarColumn(), done, note, console=err, transient=True
-            )
-            self._task = self._bar.add_task("", total=total)
-
-    def __enter__(self) -> Callable[[str], None]:
-        if self._bar is None:
-            return lambda name: None
-        from rich.markup import escape
-
-        self._bar.start()
-        return lambda name: self._bar.update(
-            self._task, advance=1, description=escape(printable(name))
-        )
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+    show = err.is_terminal and sys.stderr.isatty()
+    with _progress.counted(verb, total, show=show, console=err, transient=True) as advance:
+        yield lambda name: advance(printable(name))

@@ -9,13 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prunax import _counts, trees
+from prunax import _counts, _progress, trees
 from prunax.search.structures import Structures, words
 
 __all__ = ["Losses"]
 
 PyTree = Any
 LossFn = Callable[[PyTree], jax.Array]
+
+
+def _nothing(by: int) -> None:
+    """Where no bar is shown."""
 
 
 class Losses:
@@ -39,7 +43,8 @@ class Losses:
         if batch_size < 1:
             raise ValueError(f"{function}: batch_size must be at least 1, got {batch_size}.")
         self.structures = structures
-        self._batch_size, self._progress, self._task = batch_size, progress, None
+        self._batch_size, self._progress = batch_size, progress
+        self._advance: Callable[..., None] = _nothing
         self._known: dict[tuple[int, ...], float] = {}
 
         flat, treedef = jax.tree.flatten(params)
@@ -90,8 +95,7 @@ class Losses:
             part = new[start : start + self._batch_size]
             for key, loss in zip(part, self._measure(part), strict=True):
                 self._known[key] = float(loss)
-            if self._task is not None:
-                self._task(self.evaluated)
+            self._advance(by=len(part))
         return np.array([self._known[key] for key in keys])
 
     def _measure(self, part: list[tuple[int, ...]]) -> np.ndarray:
@@ -104,21 +108,10 @@ class Losses:
     @contextlib.contextmanager
     def counting(self, total: int | None) -> Generator[None]:
         """Show how many networks were measured, of how many at most, where progress was asked for."""
-        if not self._progress:
-            yield
-            return
-        from rich import progress
-
-        columns = (
-            progress.TextColumn("{task.description}"),
-            progress.BarColumn(),
-            progress.MofNCompleteColumn(),
-            progress.TimeRemainingColumn(),
-        )
-        with progress.Progress(*columns) as bar:
-            task = bar.add_task("measuring losses", total=total)
-            self._task = lambda count: bar.update(task, completed=count)
+        with _progress.counted("measuring losses", total, show=self._progress) as advance:
+            self._advance = advance
+            advance(by=self.evaluated)
             try:
                 yield
             finally:
-                self._task = None
+                self._advance = _nothing
