@@ -62,8 +62,10 @@ def normal(*shape: int) -> np.ndarray:
 
 
 def tokens(vocabulary: int = 50, batch: int = 2, length: int = 8) -> np.ndarray:
-    """Random token numbers."""
-    return np.random.default_rng(0).integers(3, vocabulary, (batch, length), np.int32)
+    """Random token numbers, each row with one 2 at its end."""
+    rows = np.random.default_rng(0).integers(3, vocabulary, (batch, length), np.int32)
+    rows[:, -1] = 2
+    return rows
 
 
 def random(tree: PyTree) -> PyTree:

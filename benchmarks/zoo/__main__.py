@@ -88,6 +88,11 @@ def is_wrong(record: Record) -> bool:
     return record.get("pruned") == "passed" and not is_right(record)
 
 
+def left_whole(record: Record) -> list[tuple[str, str]]:
+    """What Wanda left whole, as its warning says: the kind of leaves, and their share of the parameters."""
+    return re.findall(r"(?:: |; )([\w ]+) \(([\d.]+%) of the parameters", " ".join(record["whole"]))
+
+
 def reasons(record: Record) -> list[tuple[str, str]]:
     """What failed and why, in one line each."""
     if "failed" in record:
@@ -132,12 +137,11 @@ def models_table(content: Mapping[str, Any]) -> harness.Table:
                 f"{r['difference']:.0e}" if pruned else "",
                 "yes" if is_right(r) else "no" if pruned else "refused",
                 "passed" if is_calibrated(r) else "refused",
-                f"{1 - r['calibrated']:.0%}" if is_calibrated(r) else "",
+                "; ".join(f"{share} {kind}" for kind, share in left_whole(r)),
             )
         )
-    return harness.Table(
-        f"Half of every group and layer removed: {len(rows)} networks", columns, rows
-    )
+    title = f"Half of every group and layer removed: {len(rows)} networks"
+    return harness.Table(columns, rows, title=title)
 
 
 def sources_table(content: Mapping[str, Any]) -> harness.Table:
@@ -169,7 +173,7 @@ def sources_table(content: Mapping[str, Any]) -> harness.Table:
         "Wanda",
         "with leaves left whole",
     )
-    return harness.Table("Networks by source", columns, rows)
+    return harness.Table(columns, rows, title="Networks by source")
 
 
 def failures_table(content: Mapping[str, Any]) -> harness.Table:
@@ -183,7 +187,7 @@ def failures_table(content: Mapping[str, Any]) -> harness.Table:
         (why.replace("|", "/"), what, str(len(names)), ", ".join(names))
         for (what, why), names in sorted(causes.items(), key=lambda item: -len(item[1]))
     ]
-    return harness.Table("Failures by cause", ("cause", "of", "networks", "which"), rows)
+    return harness.Table(("cause", "of", "networks", "which"), rows, title="Failures by cause")
 
 
 def tables(content: Mapping[str, Any]) -> dict[str, harness.Table]:
@@ -204,38 +208,38 @@ def versions() -> dict[str, str]:
     return found
 
 
-class Results:
-    """The results file: networks in the order of the sources, each as soon as it is there."""
+class Results(harness.Results):
+    """The results file, networks in the order of the sources."""
 
     def __init__(self, file: Path, order: Sequence[str]) -> None:
-        self.file, self.order = file, order
-        content = json.loads(file.read_text()) if file.is_file() else {"records": []}
-        self.packages: dict[str, str] = content.get("environment", {}).get("packages", {})
-        self.records: dict[str, Record] = {r["name"]: r for r in content["records"]}
+        settings = {"sparsity": SPARSITY, "tolerance": TOLERANCE}
+        super().__init__(file, settings, "python -m benchmarks.zoo", ["name"])
+        self.order = order
+        before = json.loads(file.read_text())["environment"] if file.is_file() else {}
+        self.packages: dict[str, str] = before.get("packages", {})
 
-    def add(self, record: Record) -> None:
-        """Takes in a result and writes the file, whole or not at all."""
-        self.records[record["name"]] = record
-        partial = self.file.with_suffix(".partial")
-        environment = harness.environment()
+    @property
+    def content(self) -> dict[str, Any]:
+        self.records.sort(key=lambda record: self.order.index(record["name"]))
+        content = super().content
+        environment = content["environment"]
         # Sources may be installed in several environments, whose runs go on in one file.
         environment["packages"] = self.packages | versions() | environment["packages"]
-        content = {
-            "command": "python -m benchmarks.zoo",
-            "environment": environment,
-            "settings": {"sparsity": SPARSITY, "tolerance": TOLERANCE},
-            "records": [self.records[name] for name in self.order if name in self.records],
-        }
-        harness.write_json(partial, content)
-        partial.replace(self.file)
+        return content
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line. Exits with code 2 and one line on a bad argument."""
     parser = _parser()
     args = parser.parse_args(sys.argv[1:] if arguments is None else list(arguments))
-    order = [f"{source}/{name}" for source in args.sources for name in zoo.networks(source)]
-    chosen = [n for n in order if any(fnmatch.fnmatchcase(n, glob) for glob in args.only)]
+    sources = dict.fromkeys([*zoo.SOURCES, *args.sources])
+    order = [f"{source}/{name}" for source in sources for name in zoo.networks(source)]
+    chosen = [
+        name
+        for name in order
+        if name.partition("/")[0] in args.sources
+        and any(fnmatch.fnmatchcase(name, glob) for glob in args.only)
+    ]
     if not chosen:
         parser.error(f"no network is named like {' or '.join(args.only)}.")
     if args.list:
@@ -249,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         task = progress.add_task("zoo", total=len(chosen), note="")
         for name in chosen:
             progress.update(task, note=name)
-            old = results.records.get(name)
+            old = results.find(name)
             if old is None or args.all or (args.again and reasons(old)):
                 record = run(name, args.limit_seconds)
                 if "missing" in record:
@@ -258,23 +262,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     results.add(record)
             progress.advance(task)
     for source, why in missing.items():
-        console.print(
-            f"Left out {source}, which is not installed: {why}. The extra is `prunax[zoo]`."
-        )
-    if not file.is_file():
-        parser.error("none of these networks could be built.")
-    content = json.loads(file.read_text())
-    head = f"Networks that others wrote\n\nWritten by `{content['command']}`."
-    harness.publish(file, head, tables(content).values(), console)
+        console.print(f"Left out {source}, which the extra zoo brings: {why}", markup=False)
+    if not results.records:
+        parser.error("no network was pruned.")
+    head = f"Networks that others wrote\n\nWritten by `{results.command}`."
+    harness.publish(file, head, results.content, tables, console)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.zoo",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = harness.parser("zoo", __doc__, EXAMPLES)
     add = parser.add_argument
     add("--only", nargs="+", default=["*"], metavar="GLOB", help='of names: "keras/*" (all)')
     add("--sources", nargs="+", default=zoo.SOURCES, help="also my.module with NETWORKS (all here)")
@@ -282,7 +278,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--again", action="store_true", help="repeat those that failed")
     add("--all", action="store_true", help="repeat all")
     add("--list", action="store_true", help="name the networks and stop")
-    add("--out", type=Path, default=harness.OUT, help="folder of the results (benchmarks/out)")
     return parser
 
 

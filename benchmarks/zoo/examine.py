@@ -45,9 +45,9 @@ def examine(network: zoo.Network) -> Record:
             record |= _wanda(network)
         except Exception as error:
             record["wanda"] = _reason(error)
-    said = [str(w.message) for w in caught if str(w.message).startswith("wanda:")]
+    said = [str(w.message) for w in caught]
     return record | {
-        "whole": [text[:1000] for text in said],
+        "whole": [text[:1500] for text in said if "left whole" in text],
         "wanda seconds": round(time.process_time() - begin, 2),
     }
 
