@@ -1,4 +1,4 @@
-"""Penalties: plain loss terms that pull weights towards zero.
+"""Penalties: plain loss terms that pull weights towards zero, or a pruned model towards its dense teacher.
 
 Add one to a loss, ``loss + 1e-4 * penalties.l1(params)``. A gradient step on a penalty brings weights near zero and not
 onto it; `prunax.transforms.proximal_l1` and `proximal_group_lasso` land on exactly zero.
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from prunax import patterns, trees
 
-__all__ = ["group_lasso", "l1", "l2", "masked_l2"]
+__all__ = ["distillation", "group_lasso", "l1", "l2", "masked_l2"]
 
 PyTree = Any
 
@@ -130,6 +130,70 @@ def masked_l2(params: PyTree, masks: PyTree) -> jax.Array:
         if trees.is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating):
             total += jnp.sum(jnp.where(mask, 0, _half_square(leaf)), dtype=jnp.float32)
     return total
+
+
+def distillation(
+    student: jax.Array,
+    teacher: jax.Array,
+    temperature: float = 1.0,
+    *,
+    mask: jax.Array | None = None,
+) -> jax.Array:
+    r"""How far a student's predictions are from a teacher's: the Kullback-Leibler divergence at a temperature.
+
+    .. math:: \frac{T^2}{N} \sum_{n=1}^{N} \sum_c p_{nc} \log\frac{p_{nc}}{q_{nc}}, \quad
+        p = \mathrm{softmax}(\text{teacher} / T), \quad q = \mathrm{softmax}(\text{student} / T)
+
+    The factor :math:`T^2` keeps the size of the gradient, :math:`T (q - p) / N` by the student's logits, nearly the
+    same at every temperature. Use it alone, or beside the task's own loss.
+
+    Args:
+        student: Logits, any shape, classes along the last axis.
+        teacher: Logits of the same shape. No gradient flows to them.
+        temperature: T > 0; larger compares the small probabilities too.
+        mask: Bool, of the logits' shape without the last axis: True = counted, False for padding. The mean is over
+            the N places that count, and 0 where there are none.
+
+    Returns:
+        Scalar, float32 (float64 for logits in it).
+
+    Raises:
+        ValueError: If the shapes do not fit, or the temperature is not positive.
+
+    Examples:
+        >>> import jax.numpy as jnp, prunax
+        >>> teacher, student = jnp.array([[0.0, jnp.log(3.0)]]), jnp.zeros((1, 2))
+        >>> round(float(prunax.penalties.distillation(student, teacher)), 4)
+        0.1308
+
+    References:
+        Hinton et al., Distilling the Knowledge in a Neural Network, 2015, arXiv:1503.02531, section 2.
+    """
+    if jnp.shape(student) != jnp.shape(teacher):
+        raise ValueError(
+            f"distillation: student and teacher must be logits of one shape, got {jnp.shape(student)} and "
+            f"{jnp.shape(teacher)}. Give both models the same inputs and classes."
+        )
+    if mask is not None and jnp.shape(mask) != jnp.shape(student)[:-1]:
+        raise ValueError(
+            f"distillation: the mask must have the logits' shape without classes, {jnp.shape(student)[:-1]}, got "
+            f"{jnp.shape(mask)}."
+        )
+    if not temperature > 0:
+        raise ValueError(f"distillation: temperature must be positive, got {temperature}.")
+    dtype = trees.wide_dtype(student.dtype, teacher.dtype)
+    counted = jnp.ones(jnp.shape(student)[:-1], jnp.bool_) if mask is None else mask
+    # Whatever stands in padding, NaN included, has no part in the gradient either.
+    student, teacher = (
+        jnp.where(counted[..., None], x, jnp.zeros((), x.dtype)) for x in (student, teacher)
+    )
+    log_q = jax.nn.log_softmax(student.astype(dtype) / temperature)
+    log_p = jax.nn.log_softmax(jax.lax.stop_gradient(teacher).astype(dtype) / temperature)
+    p = jnp.exp(log_p)
+    # A class that the teacher rules out adds nothing, whatever the student makes of it.
+    divergence = jnp.sum(jnp.where(p > 0, p * (log_p - log_q), 0), axis=-1)
+    total = jnp.sum(divergence)
+    return temperature**2 * total / jnp.maximum(jnp.sum(counted), 1).astype(dtype)
 
 
 def _total(

@@ -26,7 +26,7 @@ LAYERS = [
     },
     {"allocation"},
     {"masks", "reports"},
-    {"transforms", "_states"},
+    {"transforms", "learned", "_states"},
     {"initialization", "lottery", "calibration", "structured"},
     {"search", "export"},
     {"cli"},

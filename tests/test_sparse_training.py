@@ -240,6 +240,79 @@ def test_proximal_group_lasso_zeros_whole_columns():
     assert 0 < zero.all(0).sum() < zero.shape[1]
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_proximal_l1_reaches_a_sparsity(optimizer):
+    tx = transforms.proximal_l1(
+        {"adam": optax.adam(1e-2), "sgd": optax.sgd(0.01)}[optimizer], sparsity=0.7, end_step=60
+    )
+    history = list(run(tx, 70))
+    zeros = [sum((k == 0).sum() for k in kernels(params)) for params, _ in history]
+    assert zeros[9] < zeros[29] < zeros[49] < zeros[59]
+    assert zeros[59] == round(0.7 * 1024)
+    assert 0.3 * 1024 < zeros[49] <= round(0.7 * 1024)  # on the way, and not at the last moment
+    for params, state in history[60:]:
+        expected = prunax.compute_masks(params, 0.7, allocation=allocation.global_ranking)
+        assert sum((k == 0).sum() for k in kernels(params)) == round(0.7 * 1024)
+        for mask, wanted in zip(kernels(state.masks), kernels(expected), strict=True):
+            np.testing.assert_array_equal(mask, wanted)
+
+
+def test_steered_shrinkage_by_hand():
+    # 2 q / (T - t) with q = 2, T = 4: 1, then 2 (2 - 1) / 3, ... and q itself two steps before the end.
+    params = {"kernel": jnp.array([[8.0, 2.0, 1.0, 8.0]])}
+    tx = transforms.proximal_l1(optax.sgd(0.0), sparsity=0.5, end_step=4)
+    state, seen = tx.init(params), []
+    for _ in range(6):
+        updates, state = tx.update(params, state, params)
+        params = optax.apply_updates(params, updates)
+        seen.append(params["kernel"][0, 1])
+    np.testing.assert_allclose(seen, [1.0, 1 / 3, 0, 0, 0, 0], atol=1e-6)
+    np.testing.assert_allclose(params["kernel"][0], [6.0, 0.0, 0.0, 6.0], atol=1e-6)
+    assert state.masks["kernel"].tolist() == [[True, False, False, True]]
+
+
+def test_proximal_group_lasso_reaches_a_sparsity():
+    tx = transforms.proximal_group_lasso(optax.adam(1e-2), sparsity=0.5, end_step=40)
+    *_, (params, state) = run(tx, 50)
+    zero = [(k == 0) for k in kernels(params)]
+    assert all((z.all(0) == z.any(0)).all() for z in zero)
+    assert sum(z.all(0).sum() for z in zero) == 20  # of 32 and 8 columns
+    assert int(state.count) == 50
+
+
+def test_a_run_to_a_sparsity_goes_on_from_its_state():
+    tx = transforms.proximal_l1(optax.adam(1e-2), sparsity=0.7, end_step=20)
+    *_, (params, state) = run(tx, 12)
+    # As a checkpoint would: nothing but arrays.
+    leaves, treedef = jax.tree.flatten((params, state))
+    params, state = treedef.unflatten([jnp.asarray(np.asarray(x)) for x in leaves])
+    for _ in range(9):
+        updates, state = tx.update(jax.grad(loss_fn)(params), state, params)
+        params = optax.apply_updates(params, updates)
+    assert sum((k == 0).sum() for k in kernels(params)) == round(0.7 * 1024)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{}, {"threshold": 0.1, "sparsity": 0.5, "end_step": 5}, {"sparsity": 0.5}]
+)
+def test_proximal_takes_a_threshold_or_a_sparsity(arguments):
+    with pytest.raises(ValueError, match=r"proximal_l1: pass either a threshold, or sparsity="):
+        transforms.proximal_l1(optax.sgd(0.1), **arguments)
+
+
+def test_proximal_steps_leave_frozen_leaves_alone():
+    labels = {"hidden": "freeze", "head": "train"}
+    inner = optax.partition({"train": optax.adam(1e-2), "freeze": optax.set_to_zero()}, labels)
+    for tx, zeros in (
+        (transforms.proximal_l1(inner, 0.5), None),
+        (transforms.proximal_l1(inner, sparsity=0.5, end_step=3), 128),
+        (transforms.admm(inner, 0.5, penalty=0.1, end_step=3, every=1), 128),
+    ):
+        *_, (params, _) = run(tx, 5)
+        np.testing.assert_array_equal(kernels(params)[0], kernels(make_params())[0])
+        assert zeros is None or (kernels(params)[1] == 0).sum() == zeros
+
+
 def test_proximal_refuses_a_negative_threshold():
     with pytest.raises(ValueError, match=r"threshold.*-1"):
         transforms.proximal_l1(optax.sgd(0.1), -1.0)

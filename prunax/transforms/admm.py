@@ -11,7 +11,8 @@ from prunax import allocation as allocations
 from prunax import masks as mask_functions
 from prunax import patterns, schedules, trees
 from prunax import scores as score_functions
-from prunax.transforms.pruning import prune
+from prunax.transforms import _inner
+from prunax.transforms.pruning import pruned
 
 __all__ = ["AdmmState", "admm"]
 
@@ -90,16 +91,17 @@ def admm(
     schedules.check_steps("admm", every=every)
 
     def init(params: PyTree) -> AdmmState:
-        def zeros(path: str, leaf: Any) -> jax.Array:
-            if trees.is_array(leaf) and where(path, leaf):
-                return jnp.zeros_like(leaf)
-            return jnp.zeros(())
+        chosen = trees.select(params, where)
+        if chosen.indices:  # what never moves goes nowhere
+            update = optax.with_extra_args_support(inner).update
+            at_rest = _inner.frozen(update, inner.init(params), params)
+            chosen = chosen.only([n for n, path in enumerate(chosen.paths) if path not in at_rest])
 
-        return AdmmState(
-            count=jnp.zeros((), jnp.int32),
-            sparse=trees.map_with_path(zeros, params),
-            dual=trees.map_with_path(zeros, params),
-        )
+        def zeros() -> PyTree:
+            whole = jax.tree.map(lambda _: jnp.zeros(()), params)
+            return chosen.put([jnp.zeros_like(leaf) for leaf in chosen.leaves], whole)
+
+        return AdmmState(jnp.zeros((), jnp.int32), sparse=zeros(), dual=zeros())
 
     def update(
         updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
@@ -110,6 +112,8 @@ def admm(
                 "admm: needs the current parameters. Call tx.update(grads, state, params)."
             )
         chosen = trees.select(params, where)
+        stored = chosen.take("admm", "sparse weights in the state", state.sparse)
+        chosen = chosen.only([n for n, z in enumerate(stored) if z.shape == chosen.leaves[n].shape])
         weights = chosen.leaves
 
         def project(sparse: list[jax.Array], dual: list[jax.Array]) -> tuple[Any, Any]:
@@ -150,7 +154,8 @@ def admm(
         )
 
     augmentation = optax.GradientTransformationExtraArgs(init, update)
-    return prune(
+    return pruned(
+        "admm",
         optax.chain(augmentation, inner),
         schedule,
         score=score,

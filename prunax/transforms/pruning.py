@@ -86,18 +86,46 @@ def prune(
     References:
         Zhu and Gupta, To prune, or not to prune, 2017, arXiv:1710.01878.
     """
-    patterns.check_pattern("prune", pattern)
-    allocations.check_allocation("prune", allocation)
-    score_functions.check_score("prune", score)
-    trees.check_where("prune", where)
+    return pruned(
+        "prune",
+        inner,
+        sparsity,
+        score=score,
+        allocation=allocation,
+        pattern=pattern,
+        where=where,
+        key=key,
+        mask_gradients=mask_gradients,
+        packed=packed,
+    )
+
+
+def pruned(
+    name: str,
+    inner: optax.GradientTransformation,
+    sparsity: schedules.Sparsity,
+    *,
+    score: score_functions.Score,
+    allocation: allocations.Allocator,
+    pattern: patterns.Pattern,
+    where: trees.Where,
+    key: jax.Array | None = None,
+    mask_gradients: bool = True,
+    packed: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """`prune` under the name of the function that the user called."""
+    patterns.check_pattern(name, pattern)
+    allocations.check_allocation(name, allocation)
+    score_functions.check_score(name, score)
+    trees.check_where(name, where)
     schedule = schedules.as_schedule(pattern.max_sparsity if sparsity is None else sparsity)
     average = score_functions.memory_of(score)
     if key is not None and average is not None:
         raise ValueError(
-            "prune: a score under scores.ema takes no key. Bind it: ema(functools.partial(score, key=key), decay)."
+            f"{name}: a score under scores.ema takes no key. Bind it: ema(functools.partial(score, key=key), decay)."
         )
     if key is None and score_functions.needs_key(score):
-        raise ValueError(f"prune: {score!r} needs a random key. Pass key=jax.random.key(0).")
+        raise ValueError(f"{name}: {score!r} needs a random key. Pass key=jax.random.key(0).")
     if key is not None:
         score = functools.partial(score, key=key)
 
@@ -109,7 +137,7 @@ def prune(
         masks: list[jax.Array],
     ) -> Ranking:
         tree = score(chosen.params, grads) if averaged is None else averaged
-        ranked, scores = mask_functions.scored("prune", "scores", tree, chosen)
+        ranked, scores = mask_functions.scored(name, "scores", tree, chosen)
         plan = plan_at(schedule, count, ranked.shapes, allocation, pattern)
         has_nan = any_nan(scores)
         if score is score_functions.magnitude:
@@ -121,7 +149,7 @@ def prune(
         return Ranking(chosen.merge(ranked, kept, masks), has_nan)
 
     return train_masked(
-        "prune",
+        name,
         inner,
         schedule.is_update_step,
         next_masks,
