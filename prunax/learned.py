@@ -290,7 +290,7 @@ def nm_categorical(
         Fang et al., MaskLLM, 2024, arXiv:2409.17481, equations 4-7; Jang et al., Categorical Reparameterization with
         Gumbel-Softmax, 2017, arXiv:1611.01144.
     """
-    if not temperature > 0:
+    if not (trees.is_traced(temperature) or temperature > 0):
         raise ValueError(
             f"learned.nm_categorical: temperature must be positive, got {temperature}."
         )
