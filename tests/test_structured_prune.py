@@ -463,3 +463,18 @@ def test_native_modules_run_on_the_smaller_params():
     native = nnx.merge(graph, result.params)(x)
     assert native.shape == (2, 3)
     np.testing.assert_allclose(native, result.fn(result.params, x), rtol=1e-6)
+
+
+def test_kernels_that_no_name_tells_of_come_from_the_jaxpr():
+    # What wrappers of weights (paramax) look like: an attribute by its place.
+    params = {"weight": {"args": [jnp.arange(1.0, 25).reshape(4, 6), jnp.ones((6, 3))]}}
+
+    def fn(p, x):
+        up, down = p["weight"]["args"]
+        return jnp.tanh(x @ up) @ down
+
+    x = jnp.ones((2, 4))
+    assert not prunax.trees.select(params, prunax.trees.is_kernel).paths
+    small = structured.prune_channels(fn, params, x, sparsity=0.5)
+    assert [w.shape for w in small.params["weight"]["args"]] == [(4, 3), (3, 3)]
+    assert [units.tolist() for units in small.keep.values()] == [[3, 4, 5]]

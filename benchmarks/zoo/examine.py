@@ -63,7 +63,7 @@ def _prune(network: zoo.Network, dense: Any) -> Record:
     record |= {
         "groups": len(shrunk.keep),
         "not preserved": len(shrunk.keep) - len(keep),
-        "prunable": _share(params, structured.prunable_groups(shrunk.groups, params)),
+        "prunable": _share(params, shrunk.keep),
         "left": sum(map(np.size, _floating(shrunk.params))) / sum(map(np.size, _floating(params))),
         "finite": all(np.isfinite(x).all() for x in _floating((dense, output))),
     }

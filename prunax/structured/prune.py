@@ -11,6 +11,7 @@ import numpy as np
 from prunax import allocation as allocations
 from prunax import trees
 from prunax._counts import num_pruned
+from prunax._jaxprs.kernels import kernels
 from prunax.structured import cost as costs
 from prunax.structured.groups import AxisGroup, axis_groups, checked_units
 from prunax.structured.ranking import (
@@ -91,9 +92,10 @@ def prune_channels(
             works in lanes. A group that is not as wide as that is left alone.
         min_width: Keep at least this many units of every group.
         where: ``where(path, leaf) -> bool`` selects the leaves whose produced axes may shrink: kernels by default
-            (`trees.is_kernel`). A group shrinks if all kernels that produce it are selected, and one at least. What
-            else produces it shrinks along, such as the embedding that a residual stream starts at; to shrink what an
-            embedding alone produces, select it: ``lambda path, leaf: trees.is_kernel(path, leaf) or "embed" in path``.
+            (`trees.is_kernel`; where no name tells of one, those that `prunax.kernels` finds). A group shrinks if all
+            kernels that produce it are selected, and one at least. What else produces it shrinks along, such as the
+            embedding that a residual stream starts at; to shrink what an embedding alone produces, select it:
+            ``lambda path, leaf: trees.is_kernel(path, leaf) or "embed" in path``.
         protect: Units that are kept whatever their scores, for some groups: indices or a boolean mask, True = kept.
         target: In place of a sparsity: remove units until the cost is at most this fraction of the whole network's.
             The least sparsity that does is found by bisection.
@@ -123,6 +125,8 @@ def prune_channels(
     """
     _check_request(sparsity, threshold, target, round_to, min_width)
     groups = axis_groups(fn, params, *args)
+    if where is trees.is_kernel and not trees.select(params, where).paths:
+        where = kernels(fn, params, *args)
     whole = left_whole(groups, params, where)
     chosen = [group for group in groups if group not in whole]
     if not chosen:
