@@ -17,7 +17,7 @@ _GATES = frozenset("mul select_n and div".split())
 # Mix the elements of an axis, be the shapes the same.
 _MIXING = frozenset(
     """
-    conv_general_dilated gather scatter scatter-add scatter_add sort scan while cond rev concatenate pad slice
+    dot_general conv_general_dilated gather scatter scatter-add scatter_add sort scan while cond rev concatenate pad slice
     dynamic_slice dynamic_update_slice cumsum cumprod cummax cummin cumlogsumexp fft custom_call
     """.split()
 )
@@ -138,11 +138,12 @@ class Experts:
         if value not in self.makers or not hasattr(self.makers[value][1].operation, "eqn"):
             return False
         equation = self.makers[value][1]
-        if equation.operation.eqn.primitive.name == "dot_general":
-            return False
+        sources = list(self.sources(equation))
+        if not sources:
+            return equation.operation.eqn.primitive.name == "broadcast_in_dim"  # of a number
         return all(
             self.is_constant(source, {moved[a] for a in axes if a in moved})
-            for source, moved in self.sources(equation)
+            for source, moved in sources
         )
 
     def sources(self, equation: Any) -> Iterator[tuple[int, dict[int, int]]]:
