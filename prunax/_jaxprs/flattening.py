@@ -5,7 +5,6 @@ what no output needs is dropped, and every product of a weight with an activatio
 parameter leaf to the operand. Only JAX's public API is used.
 """
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,89 +14,17 @@ import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 from prunax import trees
-from prunax._jaxprs import hashing, programs
+from prunax._jaxprs import operands, programs
 from prunax._jaxprs.equations import Bound, Equation, Loop, Pick, Segment, Stack
+from prunax._jaxprs.operands import Operand
 
-__all__ = ["LinearMap", "Operand", "Product", "Program", "Reason", "trace"]
+__all__ = ["Product", "Program", "Reason", "trace"]
 
 PyTree = Any
 
-# Rearrange the elements of their first operand, or choose among them; what else they take says how.
-_REARRANGING = frozenset("transpose reshape squeeze expand_dims slice rev split unstack".split())
-_CHOOSING = frozenset("slice split unstack dynamic_slice gather".split())
-# Change no element's place.
-_NEUTRAL = frozenset(
-    """
-    convert_element_type copy copy_p reduce_precision sharding_constraint reshard mesh_cast layout_constraint
-    device_put optimization_barrier pvary pcast neg
-    """.split()
-)
 _PRODUCTS = frozenset(("dot_general", "conv_general_dilated"))
 # A loop whose counter says which weights a turn uses is written out, up to so many turns.
 _MAX_TURNS = 256
-
-
-class LinearMap:
-    """One step on the way from a leaf to an operand. Hashable, so that equal ways are compiled once.
-
-    Attributes:
-        key: Hashable; equal for equal maps.
-        partial: Whether elements may be lost, repeated, or have zeros put among them.
-        scales: Whether it moves nothing, but multiplies elements by constants.
-    """
-
-    def __init__(
-        self,
-        key: Any,
-        function: Callable[[Any], Any],
-        *,
-        partial: bool = False,
-        scales: bool = False,
-    ) -> None:
-        self.key, self.function, self.partial, self.scales = key, function, partial, scales
-        self._hash = hash(key)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.function(x)
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, LinearMap) and self.key == other.key
-
-
-class Operand(NamedTuple):
-    """What a value is in terms of one parameter leaf: a linear map of it that moves elements, and may scale them.
-
-    Attributes:
-        leaf: Which of the selected leaves, an index.
-        picks: Indices taken along leading axes first: the layer of a stack.
-        maps: What was done with what was picked, in order. Conversions and scalar factors are left out.
-    """
-
-    leaf: int
-    picks: tuple[int, ...] = ()
-    maps: tuple[LinearMap, ...] = ()
-
-    def apply(self, x: jax.Array, *, scaled: bool = False) -> jax.Array:
-        """Go the way with any array of the shape that was picked; zeros stand where other values do."""
-        for step in self.maps:
-            x = step(x) if scaled or not step.scales else x
-        return x
-
-    @property
-    def scales(self) -> bool:
-        """Whether elements are multiplied by constants that differ."""
-        return any(step.scales for step in self.maps)
-
-    @property
-    def partial(self) -> bool:
-        """Whether the value may hold other things than the leaf's elements, or not all that was picked."""
-        return any(step.partial for step in self.maps)
-
-    def then(self, step: LinearMap) -> "Operand":
-        return self._replace(maps=(*self.maps, step))
 
 
 class Product(NamedTuple):
@@ -316,8 +243,8 @@ class _Flattener:
             self.bound[id(eqn)] = Bound(eqn)
         operation = self.bound[id(eqn)]
         outputs = {v: self.value(v) for v in operation.results}
-        operands = {v: i for v, i in zip(eqn.invars, inputs, strict=True) if type(v) is Var}
-        ids = tuple(operands[v] for v in operation.variables)
+        given = {v: i for v, i in zip(eqn.invars, inputs, strict=True) if type(v) is Var}
+        ids = tuple(given[v] for v in operation.variables)
         if _is_counting(eqn) and all(i in self.known for i in inputs):
             # Which branch of a switch is taken may take some arithmetic.
             results = operation(*(self.known[i] for i in ids))
@@ -475,7 +402,7 @@ class _Flattener:
         shape = self.shapes[stacked]
         new = self.value(jax.ShapeDtypeStruct(shape.shape[1:], shape.dtype))
         self.emit(Equation(Pick(), (stacked,), (new,), index))
-        step = LinearMap(("pick", index), lambda x: x[index])
+        step = operands.pick(index)
         own = self.operands.get(stacked, ())
         self.make(
             new,
@@ -484,17 +411,17 @@ class _Flattener:
         )
         return new
 
-    def make(self, output: int, operands: Sequence[Operand], chosen: bool = False) -> None:
+    def make(self, output: int, made_of: Sequence[Operand], chosen: bool = False) -> None:
         """Note what a value is made of, without what has vanished from it."""
         if chosen:
-            operands = [o for o in operands if not o.partial or self.places(o).any()]
-        if operands:
-            self.operands[output] = tuple(operands)
+            made_of = [o for o in made_of if not o.partial or self.places(o).any()]
+        if made_of:
+            self.operands[output] = tuple(made_of)
 
     def places(self, operand: Operand) -> np.ndarray:
         """As `places`, for a leaf that is selected."""
         shape = self.selection.leaves[operand.leaf].shape[len(operand.picks) :]
-        return places(operand, shape)
+        return operands.places(operand, shape)
 
     def follow(self, eqn: JaxprEqn, inputs: list[int], outputs: list[int]) -> None:
         """Note what an equation makes of the weights among its operands."""
@@ -503,10 +430,14 @@ class _Flattener:
         if name in _PRODUCTS:
             self.multiply(eqn, inputs, weights)
             return
-        if name in ("concatenate", "stack") and self.varying.isdisjoint(inputs):
-            self.make(outputs[0], self.side_by_side(eqn, inputs))
+        if name in operands.JOINING and self.varying.isdisjoint(inputs):
+            parts = zip(inputs, operands.joined(eqn), strict=True)
+            self.make(outputs[0], [o.then(x) for i, x in parts for o in self.operands.get(i, ())])
             return
-        steps = self.steps(eqn, inputs, weights[0]) if len(weights) == 1 else None
+        others = [i for n, i in enumerate(inputs) if n != weights[0]]
+        steps = None
+        if len(weights) == 1 and self.fixed.issuperset(others):
+            steps = operands.maps_of(eqn, weights[0], lambda: list(map(self.number, others)))
         if steps is None:
             self.note_uses(inputs, name)
             return
@@ -514,68 +445,7 @@ class _Flattener:
             own = self.operands[inputs[weights[0]]]
             if output >= 0:
                 moved = [o.then(step) if step else o for o in own]
-                self.make(output, moved, chosen=name in _CHOOSING)
-
-    def steps(
-        self, eqn: JaxprEqn, inputs: list[int], place: int
-    ) -> Sequence[LinearMap | None] | None:
-        """What an equation does to the weight in one place, for each result: None where elements stay as they are.
-
-        Nothing at all, if it is no linear map that can be followed.
-        """
-        name = eqn.primitive.name
-        out, weight = programs.aval(eqn.outvars[0]), programs.aval(eqn.invars[place])
-        others = [i for n, i in enumerate(inputs) if n != place]
-        if not self.fixed.issuperset(others):
-            return None
-        if name in ("mul", "div") and out.shape == weight.shape and not (name == "div" and place):
-            factor = np.asarray(self.number(others[0]))
-            if not np.all(np.isfinite(factor)) or (name == "div" and not np.all(factor)):
-                return None
-            factor = 1 / factor if name == "div" else factor
-            return [None if _is_uniform(factor) else _scale(factor, out.shape)]
-        if name == "select_n" and place and out.shape == weight.shape and weight.size:
-            rest = [np.asarray(self.number(i)) for i in others]
-            if len(rest) != 2 or rest[1].any():
-                return None
-            return [_scale((rest[0] == place - 1).astype(np.float32), out.shape)]
-        if place:
-            return None
-        if name in _NEUTRAL:
-            one = len(eqn.outvars) == 1 and jnp.issubdtype(out.dtype, jnp.floating)
-            return [None] if one else None
-        rearranges = name in _REARRANGING or (
-            name == "broadcast_in_dim" and out.size == weight.size
-        )
-        if name == "pad":
-            return [_pad(tuple(eqn.params["padding_config"]))]
-        if not rearranges and name not in ("dynamic_slice", "gather"):
-            return None
-        numbers = [self.number(i) for i in others]
-        key = (hashing.equation_key(eqn), *map(hashing.array_key, numbers))
-
-        def apply(x: jax.Array, n: int) -> jax.Array:
-            return programs.bind(eqn, [x, *numbers])[n]
-
-        partial = name == "gather"
-        return [
-            LinearMap((key, n), lambda x, n=n: apply(x, n), partial=partial)
-            for n in range(len(eqn.outvars))
-        ]
-
-    def side_by_side(self, eqn: JaxprEqn, inputs: list[int]) -> list[Operand]:
-        """What several values are, each with zeros in the others' places."""
-        stacks = eqn.primitive.name == "stack"
-        axis, found, start = eqn.params["axis" if stacks else "dimension"], [], 0
-        whole = programs.aval(eqn.outvars[0]).shape
-        for i in inputs:
-            stop = start + (1 if stacks else self.shapes[i].shape[axis])
-            config = [(0, 0, 0)] * len(whole)
-            config[axis] = (start, whole[axis] - stop, 0)
-            step = _pad(tuple(config), axis if stacks else None)
-            found += [own.then(step) for own in self.operands.get(i, ())]
-            start = stop
-        return found
+                self.make(output, moved, chosen=name in operands.CHOOSING)
 
     def multiply(self, eqn: JaxprEqn, inputs: list[int], weights: list[int]) -> None:
         """Note the product of weights with an activation."""
@@ -614,7 +484,7 @@ class _Flattener:
             name = maker.operation.eqn.primitive.name
             if name in ("eq", "jit") or len(maker.inputs) != 1:
                 return name == "eq"
-            if name not in _REARRANGING | _NEUTRAL | {"broadcast_in_dim"}:
+            if name not in operands.REARRANGING | operands.NEUTRAL | {"broadcast_in_dim"}:
                 return False
             i = maker.inputs[0]
         return False
@@ -624,33 +494,6 @@ class _Flattener:
         text = f"is used by `{primitive}`, where it cannot be seen which inputs meet its weights"
         text = "" if primitive == "gather" else text
         self.uses += [_Use(len(self.equations) - 1, leaf, text) for leaf in sorted(leaves)]
-
-
-def places(operand: Operand, shape: tuple[int, ...]) -> np.ndarray:
-    """Where the elements of an operand come from, counted from 1 in what was picked of the leaf, 0 for elsewhere."""
-    with jax.ensure_compile_time_eval():
-        index = jnp.arange(1, math.prod(shape) + 1, dtype=jnp.int32).reshape(shape)
-        return np.asarray(operand.apply(index))
-
-
-def _pad(config: tuple[tuple[int, int, int], ...], new_axis: int | None = None) -> LinearMap:
-    """The map that puts zeros around, perhaps along a new axis."""
-
-    def padded(x: jax.Array) -> jax.Array:
-        x = x if new_axis is None else jnp.expand_dims(x, new_axis)
-        return jax.lax.pad(x, jnp.zeros((), x.dtype), config)
-
-    return LinearMap(("pad", config, new_axis), padded, partial=True)
-
-
-def _scale(factor: np.ndarray, shape: tuple[int, ...]) -> LinearMap:
-    factor = np.broadcast_to(factor, shape)
-    key = ("scale", hashing.array_key(factor))
-    return LinearMap(key, lambda x: x * factor.astype(x.dtype), scales=True)
-
-
-def _is_uniform(factor: np.ndarray) -> bool:
-    return factor.size > 0 and factor.flat[0] != 0 and bool(np.all(factor == factor.flat[0]))
 
 
 def _unlike_a_layer(eqn: JaxprEqn, side: int) -> str | None:

@@ -17,8 +17,8 @@ _GATES = frozenset("mul select_n and div".split())
 # Mix the elements of an axis, be the shapes the same.
 _MIXING = frozenset(
     """
-    dot_general conv_general_dilated gather scatter scatter-add scatter_add sort scan while cond rev concatenate pad slice
-    dynamic_slice dynamic_update_slice cumsum cumprod cummax cummin cumlogsumexp fft custom_call
+    dot_general conv_general_dilated gather scatter scatter-add scatter_add sort scan while cond rev concatenate pad
+    slice dynamic_slice dynamic_update_slice cumsum cumprod cummax cummin cumlogsumexp fft custom_call
     """.split()
 )
 _FREE, _BATCH = 1, 2

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,17 @@ class Pruned(NamedTuple):
 
     params: PyTree
     masks: PyTree
+
+
+class Options(TypedDict, total=False):
+    """What the short names take besides, see `prune_layers`."""
+
+    pattern: patterns.Pattern | None
+    allocation: Any
+    where: trees.Where | None
+    sequential: bool
+    donate: bool
+    progress: bool
 
 
 def prune_layers(
@@ -115,7 +126,7 @@ def wanda(
     params: PyTree,
     batches: Iterable[Any],
     sparsity: float | None = None,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> Pruned:
     r"""Prune by weight magnitude times input norm, :math:`|w_{ij}| \|x_i\|_2`: `prune_layers` with `Wanda`.
 
@@ -155,7 +166,7 @@ def sparsegpt(
     block_size: int = 128,
     damping: float = 0.01,
     correction: float = 0.0,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> Pruned:
     """Prune input by input, correcting the weights of later inputs: `prune_layers` with `SparseGPT`.
 

@@ -1,5 +1,6 @@
 """From a function to its layers: which leaves calibration can prune, and what is said of those that it cannot."""
 
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -94,8 +95,12 @@ def _warn(
         f"{kinds[kind]} ({sum(sizes[p] for p in own) / total:.1%} of the parameters): {', '.join(own)}"
         for kind, own in groups.items()
     ]
-    warnings.warn(
-        f"{function}: leaves that calibration cannot prune are left whole: {'; '.join(lines)}.",
-        UserWarning,
-        stacklevel=5,
-    )
+    warn(f"{function}: leaves that calibration cannot prune are left whole: {'; '.join(lines)}.")
+
+
+def warn(message: str) -> None:
+    """Warn where the user called."""
+    level, frame = 1, inspect.currentframe()
+    while frame and frame.f_globals.get("__name__", "").startswith("prunax."):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level)

@@ -6,7 +6,6 @@ stages only the values live that later stages read, and what no product needs is
 """
 
 import functools
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ import numpy as np
 from prunax import _jaxprs, _progress, trees
 from prunax.calibration import layouts
 from prunax.calibration._problems import Problem
-from prunax.calibration._reading import read
+from prunax.calibration._reading import read, warn
 from prunax.calibration._stages import Staged
 
 __all__: list[str] = []
@@ -275,11 +274,9 @@ def _check(function: str, problem: Problem, total: Any) -> None:
         )
     if silent.any():
         which = "" if len(silent) == 1 else f" of {int(silent.sum())} of its {len(silent)} matrices"
-        warnings.warn(
+        warn(
             f"{function}: the inputs{which} of {problem.name!r} are zero in every batch. Their weights are ranked by "
-            f"magnitude alone. Calibrate on data that reaches the layer.",
-            UserWarning,
-            stacklevel=4,
+            f"magnitude alone. Calibrate on data that reaches the layer."
         )
 
 
