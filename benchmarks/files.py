@@ -21,7 +21,7 @@ from rich.console import Console
 from benchmarks import harness
 from prunax import export
 
-ALL = ["--where", "*.weight", "--exclude", "*LayerNorm*"]
+ALL = ["--select", "*.weight", "--exclude", "*LayerNorm*"]
 CASES: dict[str, list[str]] = {
     "2:4": ["--pattern", "2:4"],
     "50%": ["--sparsity", "0.5"],

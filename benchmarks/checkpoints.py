@@ -1,0 +1,235 @@
+"""Prunes made-up checkpoints of shards from the command line: time and memory, and what faults leave behind.
+
+    python -m benchmarks.checkpoints                # 90 MB in three shards, and faults
+    python -m benchmarks.checkpoints --large 4      # and a checkpoint of 4 GB in shards of 1 GB
+
+Times stand beside a bare copy of the same files, flushed to the disk as the command line's output is. Memory is the
+peak of the whole process, and beyond that of one which prunes a single small tensor. Faults: interrupts at random
+moments, and files that may not grow beyond a size, as on a full disk.
+"""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from rich.console import Console
+
+from benchmarks import harness
+from benchmarks.files import MB, prunax
+from prunax import export
+
+OPTIONS = {
+    "uniform": ["--sparsity", "0.5"],
+    "global": ["--sparsity", "0.5", "--allocation", "global"],
+    "2:4": ["--pattern", "2:4"],
+}
+FULL = (
+    "import resource, runpy, sys; n = int(sys.argv.pop(1)); resource.setrlimit(resource.RLIMIT_FSIZE, (n, n)); "
+    "runpy.run_module('prunax', run_name='__main__')"
+)
+
+
+def make(path: Path, nbytes: int, shard: int | None, side: int = 2048) -> Path:
+    """A checkpoint of square float32 matrices, made one at a time."""
+    rng = np.random.default_rng(0)
+    number = nbytes // (4 * side * side)
+    pairs = ((f"{i}.weight", rng.standard_normal((side, side), np.float32)) for i in range(number))
+    if shard is None:
+        safetensors.numpy.save_file(dict(pairs), path, {"format": "pt"})
+    else:
+        export.save_checkpoint(path, pairs, shard_size=shard)
+    return path
+
+
+def copy(source: Path, to: Path) -> float:
+    """Seconds of a bare copy, on the disk."""
+    start = time.perf_counter()
+    shutil.copytree(source, to)
+    for file in to.iterdir():
+        with open(file, "rb+") as opened:
+            os.fsync(opened.fileno())
+    seconds = time.perf_counter() - start
+    shutil.rmtree(to)
+    return seconds
+
+
+def same_zeros(file: Path, folder: Path) -> bool:
+    single = safetensors.numpy.load_file(file)
+    shards = [safetensors.numpy.load_file(f) for f in folder.glob("*.safetensors")]
+    merged = {name: array for shard in shards for name, array in shard.items()}
+    return single.keys() == merged.keys() and all(
+        single[n].tobytes() == merged[n].tobytes() for n in single
+    )
+
+
+def sharded(folder: Path) -> list[dict[str, Any]]:
+    """90 MB as one file and in three shards."""
+    one, three = folder / "one.safetensors", folder / "three"
+    make(one, 96 * MB, None)
+    make(three, 96 * MB, 32 * MB + 1)
+    small = make(folder / "small.safetensors", 4 * 64, None, 8)
+    baseline = prunax("prune", small, folder / "s.safetensors", "--sparsity", "0.5")[0]
+    rows = []
+    for name, options in OPTIONS.items():
+        out, outs = folder / "out.safetensors", folder / "out"
+        peak, seconds, _ = prunax("prune", one, out, "--overwrite", *options)
+        peaks, longer, _ = prunax("prune", three, outs, "--overwrite", *options)
+        assert len(list(outs.glob("*.safetensors"))) == 3
+        rows.append(
+            {
+                "options": name,
+                "same_zeros": same_zeros(out, outs),
+                "peak_file": peak - baseline,
+                "peak_folder": peaks - baseline,
+                "tensor": 16 * MB,
+                "seconds_file": seconds,
+                "seconds_folder": longer,
+            }
+        )
+    return rows
+
+
+def large(folder: Path, gigabytes: float) -> list[dict[str, Any]]:
+    source = make(folder / "large", int(gigabytes * 1024) * MB, 1024 * MB, 4096)
+    size = sum(f.stat().st_size for f in source.iterdir())
+    rows = [{"what": "copy", "size": size, "seconds": copy(source, folder / "copy"), "peak": 0}]
+    for name, options in OPTIONS.items():
+        peak, seconds, code = prunax("prune", source, folder / "o", "--overwrite", *options)
+        assert code == 0
+        rows.append({"what": f"prune, {name}", "size": size, "seconds": seconds, "peak": peak})
+    return rows
+
+
+def faults(folder: Path, moments: int = 20) -> list[dict[str, Any]]:
+    """What was printed and what was left, of interrupted runs and of full disks."""
+    source = make(folder / "model", 96 * MB, 32 * MB + 1)
+    work = folder / "work"
+    work.mkdir()
+    rng = random.Random(0)
+    args = ["prune", source, work / "out", "--sparsity", "0.5", "--allocation", "global"]
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "prunax", *args], check=True, stdout=subprocess.DEVNULL)
+    whole = time.perf_counter() - start
+    shutil.rmtree(work / "out")
+    rows = []
+    for i in range(moments):
+        number = (signal.SIGINT, signal.SIGTERM)[i % 2]
+        after = rng.uniform(0.1, whole)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "prunax", *args],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        time.sleep(after)
+        process.send_signal(number)
+        said = process.communicate()[1].strip()
+        left = os.listdir(work)
+        done = process.returncode == 0
+        rows.append(
+            {
+                "fault": f"{number.name} after {after:.2f} s",
+                "code": process.returncode,
+                "printed": said,
+                "left": "the whole output" if done and left == ["out"] else ", ".join(left),
+            }
+        )
+        if done:
+            shutil.rmtree(work / "out")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "prunax", *args], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    while not list(work.glob(".out.*")) and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    left = len(os.listdir(work))
+    code = prunax(*args)[2]
+    names = ", ".join(os.listdir(work))
+    rows.append(
+        {"fault": f"SIGKILL (left {left}), then again", "code": code, "printed": "", "left": names}
+    )
+    shutil.rmtree(work / "out")
+    for size in np.linspace(0, 31 * MB, 10).astype(int):
+        command = [sys.executable, "-c", FULL, str(size), *map(str, args)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        rows.append(
+            {
+                "fault": f"files of at most {size / MB:.1f} MB",
+                "code": result.returncode,
+                "printed": result.stderr.strip().replace(str(folder), ""),
+                "left": ", ".join(os.listdir(work)),
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = harness.parser("checkpoints", __doc__)
+    parser.add_argument("--large", type=float, default=0, help="size of one more checkpoint, in GB")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        content = harness.content(
+            "python -m benchmarks.checkpoints" + (f" --large {args.large:g}" if args.large else ""),
+            large=large(folder, args.large) if args.large else [],
+            sharded=sharded(folder),
+            faults=faults(folder),
+        )
+    head = "`prunax prune` on folders of shards"
+    harness.publish(args.out / "checkpoints.json", head, content, tables, Console())
+
+
+def tables(content: Mapping[str, Any]) -> dict[str, harness.Table]:
+    """The tables of a results file."""
+
+    def mb(number: int) -> str:
+        return f"{number / MB:.0f}"
+
+    rows = [
+        [
+            r["options"],
+            "yes" if r["same_zeros"] else "NO",
+            mb(r["peak_file"]),
+            mb(r["peak_folder"]),
+            f"{r['seconds_file']:.1f}",
+            f"{r['seconds_folder']:.1f}",
+        ]
+        for r in content["sharded"]
+    ]
+    columns = "options,same zeros,file MB,folder MB,file s,folder s".split(",")
+    title = "96 MB as a file and in three shards; memory beyond a run on one small tensor"
+    faults = [
+        [r["fault"], str(r["code"]), r["printed"], r["left"] or "nothing"]
+        for r in content["faults"]
+    ]
+    made = {
+        "checkpoints": harness.Table(columns, rows, title=title),
+        "checkpoints/faults": harness.Table(
+            ("fault", "exit code", "printed", "left"), faults, text=4
+        ),
+    }
+    if content["large"]:
+        rows = [
+            [r["what"], f"{r['size'] / 1e9:.2f}", f"{r['seconds']:.1f}", mb(r["peak"])]
+            for r in content["large"]
+        ]
+        title = "A large checkpoint in shards of 1 GB"
+        made["checkpoints/large"] = harness.Table(
+            ("what", "GB", "seconds", "peak MB"), rows, title=title
+        )
+    return made
+
+
+if __name__ == "__main__":
+    main()
