@@ -7,7 +7,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -15,7 +15,7 @@ from rich.console import Console
 from prunax.cli import choices, looking
 from prunax.cli.choices import Choice, UsageError
 from prunax.cli.output import printable, progress, say
-from prunax.export.atomic import naming
+from prunax.export.atomic import write_text
 from prunax.export.checkpoints import OTHERS, Checkpoint, in_order, texts
 from prunax.export.saving import FILES, check_replaceable, open_writer
 from prunax.reports._tables import Table
@@ -80,8 +80,7 @@ def inspect(args: argparse.Namespace, source: Checkpoint, out: Console, err: Con
         case _:
             text = "\n".join([str(table), *facts]) if args.out else ""
     if args.out is not None:
-        with naming(args.out):
-            args.out.write_text(text + "\n", encoding="utf-8")
+        write_text(args.out, text + "\n", overwrite=args.overwrite)
         say(err, f"written   {args.out}")
     elif text:
         say(out, text)
@@ -216,50 +215,59 @@ def _written(args: argparse.Namespace, source: Checkpoint, out: Console) -> int:
     return DONE
 
 
+class _Total(NamedTuple):
+    """What tensors come to."""
+
+    weights: int
+    kept: int
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.kept / self.weights if self.weights else 0.0
+
+    def row(self) -> tuple[str, ...]:
+        return f"{self.weights:,}", f"{self.kept:,}", f"{self.sparsity:.2%}"
+
+
+def _total(looked: Sequence[looking.Looked]) -> _Total:
+    size = sum(x.tensor.size for x in looked)
+    return _Total(size, size - sum(x.zeros or 0 for x in looked))
+
+
+def _prunable(looked: Sequence[looking.Looked], choice: Choice) -> list[looking.Looked]:
+    return [x for x in looked if x.tensor.name not in choice.whole]
+
+
 def _table(looked: Sequence[looking.Looked], choice: Choice) -> Table:
     """Every tensor, and what they come to."""
-
-    def share(zeros: int, size: int) -> str:
-        return f"{zeros / size:.2%}" if size else "0.00%"
-
-    def total(name: str, some: Sequence[looking.Looked]) -> tuple[str, ...]:
-        size, zeros = sum(x.tensor.size for x in some), sum(x.zeros or 0 for x in some)
-        return name, "", "", f"{size:,}", f"{size - zeros:,}", share(zeros, size), ""
-
-    rows = [
-        (
-            printable(x.tensor.name),
-            " x ".join(map(str, x.tensor.shape)) or "scalar",
-            printable(x.tensor.dtype_name),
-            f"{x.tensor.size:,}",
-            "?" if x.zeros is None else f"{x.tensor.size - x.zeros:,}",
-            share(x.zeros or 0, x.tensor.size)
-            if x.zeros or x.tensor.name not in choice.whole
-            else "-",
-            ", ".join(x.nm),
+    rows = []
+    for x in looked:
+        weights, kept, sparsity = _total([x]).row()
+        dense = not x.zeros and x.tensor.name in choice.whole
+        shape = " x ".join(map(str, x.tensor.shape)) or "scalar"
+        name, dtype = printable(x.tensor.name), printable(x.tensor.dtype_name)
+        kept = "?" if x.zeros is None else kept
+        rows.append(
+            (name, shape, dtype, weights, kept, "-" if dense else sparsity, ", ".join(x.nm))
         )
-        for x in looked
+    footer = [
+        (name, "", "", *_total(some).row(), "")
+        for name, some in (("prunable", _prunable(looked, choice)), ("all", looked))
     ]
-    prunable = [x for x in looked if x.tensor.name not in choice.whole]
-    columns = ("tensor", "shape", "dtype", "numbers", "not zero", "sparsity", "N:M")
-    return Table(columns, rows, [total("prunable", prunable), total("all", looked)], text=3)
+    columns = ("tensor", "shape", "dtype", "weights", "kept", "sparsity", "N:M")
+    return Table(columns, rows, footer, text=3)
 
 
 def _document(
     source: Checkpoint, looked: Sequence[looking.Looked], choice: Choice
 ) -> dict[str, Any]:
     """The same as plain values."""
-
-    def total(some: Sequence[looking.Looked]) -> dict[str, Any]:
-        size, zeros = sum(x.tensor.size for x in some), sum(x.zeros or 0 for x in some)
-        return {"weights": size, "kept": size - zeros, "sparsity": zeros / size if size else 0.0}
-
+    totals = {"prunable": _total(_prunable(looked, choice)), "total": _total(looked)}
     return {
         "metadata": texts(source),
         "tied": source.tied,
         "tensors": [x.to_dict() | {"whole": choice.whole.get(x.tensor.name, "")} for x in looked],
-        "prunable": total([x for x in looked if x.tensor.name not in choice.whole]),
-        "total": total(looked),
+        **{name: t._asdict() | {"sparsity": t.sparsity} for name, t in totals.items()},
     }
 
 

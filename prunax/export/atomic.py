@@ -131,6 +131,17 @@ def naming(path: str | os.PathLike[str]) -> Generator[None]:
         raise type(error)(error.errno, error.strerror, str(path)) from None
 
 
+def write_text(path: Path, text: str, *, overwrite: bool) -> None:
+    """Write a text file."""
+    place = Place(path, overwrite=overwrite)
+    try:
+        with naming(path):
+            place.temporary.write_text(text, encoding="utf-8")
+        place.publish()
+    finally:
+        place.discard()
+
+
 def abandon() -> bool:
     """Remove everything unfinished, for a process that ends now.
 

@@ -23,24 +23,20 @@ INDEX = ".safetensors.index.json"
 WEIGHTS = ".safetensors"
 # Files that hold weights in another format: they are told apart from those that belong to any checkpoint.
 OTHERS = {
-    ".bin": "a PyTorch pickle",
-    ".pt": "a PyTorch pickle",
-    ".pth": "a PyTorch pickle",
-    ".ckpt": "a PyTorch pickle",
-    ".pkl": "a pickle",
-    ".pickle": "a pickle",
-    ".gguf": "a GGUF file",
-    ".ggml": "a GGML file",
-    ".h5": "an HDF5 file",
-    ".keras": "a Keras archive",
-    ".msgpack": "a Flax msgpack file",
-    ".npz": "a NumPy archive",
-    ".npy": "a NumPy file",
-    ".onnx": "an ONNX file",
-    ".tflite": "a TensorFlow Lite file",
-    ".zip": "an archive",
-    ".tar": "an archive",
-    ".gz": "an archive",
+    suffix: kind
+    for kind, suffixes in {
+        "a PyTorch pickle": ".bin .pt .pth .ckpt",
+        "a pickle": ".pkl .pickle",
+        "a GGUF file": ".gguf .ggml",
+        "an HDF5 file": ".h5",
+        "a Keras archive": ".keras",
+        "a Flax msgpack file": ".msgpack",
+        "a NumPy file": ".npz .npy",
+        "an ONNX file": ".onnx",
+        "a TensorFlow Lite file": ".tflite",
+        "an archive": ".zip .tar .gz",
+    }.items()
+    for suffix in suffixes.split()
 }
 _BEGINNINGS = {
     b"GGUF": ".gguf",
