@@ -28,10 +28,10 @@ if TYPE_CHECKING:
         trees,
     )
     from prunax._jaxprs import kernels
+    from prunax._masks import apply_masks, compute_masks, straight_through
     from prunax._states import get_masks
-    from prunax.masks import apply_masks, compute_masks, straight_through
     from prunax.reports._summary import compare_masks, summarize
-    from prunax.transforms import prune
+    from prunax.transforms._pruning import prune
 
 __version__ = "0.1.0"
 
@@ -67,9 +67,9 @@ __getattr__ = _modules.lazy(
     {
         "_jaxprs": "kernels",
         "_states": "get_masks",
-        "masks": "apply_masks compute_masks straight_through",
+        "_masks": "apply_masks compute_masks straight_through",
         "reports._summary": "compare_masks summarize",
-        "transforms": "prune",
+        "transforms._pruning": "prune",
     },
 )
 

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from prunax import _masks as mask_functions
 from prunax import allocation as allocations
-from prunax import masks as mask_functions
 from prunax import patterns, trees
 
 __all__ = [

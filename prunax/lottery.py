@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from prunax import _masks as mask_functions
 from prunax import allocation as allocations
-from prunax import masks as mask_functions
 from prunax import patterns, schedules, trees
 from prunax import scores as score_functions
 

@@ -174,11 +174,11 @@ def test_what_is_no_checkpoint_is_not_replaced(tmp_path):
 
 
 def test_what_a_killed_run_left_is_removed_and_what_runs_is_not(tmp_path):
-    from prunax.export import atomic
+    from prunax.export import _atomic
 
     (tmp_path / ".out.01234567.partial").mkdir()
     (tmp_path / ".out.01234567.partial" / "0.shard").write_text("half")
-    running = atomic.Place(tmp_path / "out", folder=True)
+    running = _atomic.Place(tmp_path / "out", folder=True)
     assert os.listdir(tmp_path) == [running.temporary.name]
     export.save_checkpoint(tmp_path / "out", {"a": np.ones(2)})
     assert sorted(os.listdir(tmp_path)) == [running.temporary.name, "out"]

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import prunax
 from prunax import export
 from prunax.cli import choices, main, ranking
-from prunax.export.checkpoints import Tensor
+from prunax.export._checkpoints import Tensor
 
 
 def torch_like(seed: int = 0) -> dict[str, np.ndarray]:

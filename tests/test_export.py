@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 
 import prunax
 from prunax import export
-from prunax.export import container, encoding, store
+from prunax.export import _container, _encoding, _store
 from prunax.patterns import NM, Block, Channel, ConstantFanIn, Unstructured
 
-DTYPES = sorted(encoding.DTYPES)
+DTYPES = sorted(_encoding.DTYPES)
 
 
 def random_bits(shape, dtype, seed=0, zeros=0.0):
@@ -46,14 +46,14 @@ def assert_same(a: Any, b: Any) -> None:
 
 def test_encoding_by_hand():
     w = np.array([0, 0, 5, 0, 0, 0, 0, 0, -1], np.int16)
-    assert np.concatenate(encoding.encode(w)).tolist() == [4, 1] + 6 * [0] + [
+    assert np.concatenate(_encoding.encode(w)).tolist() == [4, 1] + 6 * [0] + [
         5,
         0,
         255,
         255,
     ] + 4 * [0]
     # 9 bits in 2 bytes, 2 elements in 4, each filled up to 8.
-    assert encoding.encoded_size(w) == 16
+    assert _encoding.encoded_size(w) == 16
 
 
 @given(
@@ -63,10 +63,10 @@ def test_encoding_by_hand():
     seed=st.integers(0, 10**6),
 )
 def test_encoding_round_trip(name, shape, zeros, seed):
-    array = random_bits(shape, encoding.DTYPES[name], seed, zeros)
-    data = np.concatenate(encoding.encode(array))
-    assert data.size == encoding.encoded_size(array) and data.size % 8 == 0
-    decoded = encoding.decode(data, array.shape, array.dtype)
+    array = random_bits(shape, _encoding.DTYPES[name], seed, zeros)
+    data = np.concatenate(_encoding.encode(array))
+    assert data.size == _encoding.encoded_size(array) and data.size % 8 == 0
+    decoded = _encoding.decode(data, array.shape, array.dtype)
     assert decoded.tobytes() == array.tobytes() and decoded.shape == shape
 
 
@@ -83,7 +83,7 @@ def test_encoding_round_trip(name, shape, zeros, seed):
 )
 def test_decoding_refuses(data, problem):
     with pytest.raises(ValueError, match=problem):
-        encoding.decode(np.array(data, np.uint8), (9,), np.dtype(np.int16))
+        _encoding.decode(np.array(data, np.uint8), (9,), np.dtype(np.int16))
 
 
 # --- params ---------------------------------------------------------------------------------------------------------
@@ -93,7 +93,7 @@ def test_decoding_refuses(data, problem):
 def test_params_of_every_dtype(tmp_path, zeros):
     params = {
         name: [random_bits(shape, dtype, i, zeros) for i, shape in enumerate([(7, 5), (), (0, 3)])]
-        for name, dtype in encoding.DTYPES.items()
+        for name, dtype in _encoding.DTYPES.items()
     }
     export.save_params(tmp_path / "x", params)
     assert_same(export.load_params(tmp_path / "x", params), params)
@@ -104,7 +104,7 @@ def test_params_of_every_dtype(tmp_path, zeros):
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"])
 def test_zeros_and_nans_of_every_kind_on_devices(tmp_path, name):
-    dtype = encoding.DTYPES[name]
+    dtype = _encoding.DTYPES[name]
     bits = np.dtype(f"u{dtype.itemsize}")
     every = np.arange(2 ** min(16, 8 * dtype.itemsize), dtype=np.uint32)
     every = (every << (16 if dtype.itemsize == 4 else 0)).astype(bits).view(dtype)
@@ -130,7 +130,7 @@ def test_what_does_not_pay_is_stored_plain(tmp_path):
     export.save_params(
         tmp_path / "x", {"dense": dense, "sparse": dense * np.eye(8, dtype=np.float32)}
     )
-    with store.ArrayReader(tmp_path / "x") as reader:
+    with _store.ArrayReader(tmp_path / "x") as reader:
         assert {n: s.encoding for n, s in reader.leaves.items()} == {
             "dense": "plain",
             "sparse": "bits",
@@ -272,7 +272,7 @@ def test_masks_round_trip(tmp_path_factory, shapes, seed):
     file = tmp_path_factory.mktemp("masks") / "masks.safetensors"
     export.save_masks(file, masks)
     assert_same(export.load_masks(file, masks), masks)
-    with store.ArrayReader(file) as reader:
+    with _store.ArrayReader(file) as reader:
         for i, shape in enumerate(shapes):
             assert reader.reader.entries[str(i)].nbytes == -(-int(np.prod(shape)) // 8)
 
@@ -333,7 +333,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
     leaves = {"a": ((2,), "float32"), "b": ((2,), "float32")}
 
     def fail_midway() -> None:
-        with store.ArrayWriter(
+        with _store.ArrayWriter(
             tmp_path / "x", leaves, kind="params", metadata={}, overwrite=True
         ) as writer:
             writer.add("a", np.ones(2, np.float32))
@@ -346,7 +346,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
 
 def test_a_file_that_comes_meanwhile_is_kept(tmp_path):
     def race() -> None:
-        with container.Writer(tmp_path / "x", room=100, digest=False) as writer:
+        with _container.Writer(tmp_path / "x", room=100, digest=False) as writer:
             (tmp_path / "x").write_text("mine")
             writer.finish({})
 
@@ -362,7 +362,7 @@ def test_a_plain_file_of_another_program_is_refused_with_advice(tmp_path):
 
 
 def test_a_newer_format_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "FORMAT", "2")
+    monkeypatch.setattr(_store, "FORMAT", "2")
     export.save_params(tmp_path / "x", {"w": np.ones(3)})
     monkeypatch.undo()
     with pytest.raises(export.FormatError, match="its format is '2', this prunax reads '1'"):

@@ -19,7 +19,7 @@ import safetensors.numpy
 
 import prunax
 from prunax import export
-from prunax.export import container, store
+from prunax.export import _container, _store
 
 MUTATIONS = int(os.environ.get("PRUNAX_FUZZ", "400"))
 
@@ -332,7 +332,7 @@ def tamper(raw: bytes, rng: random.Random) -> bytes:
                     [entry["data_offsets"][::-1], [0, number], [number, len(data)]]
                 )
             case 5 if entry:
-                entry["dtype"] = rng.choice([*container.DTYPES, "F4", "X", None])
+                entry["dtype"] = rng.choice([*_container.DTYPES, "F4", "X", None])
             case 6 if entry and other in header:
                 header[name], header[other] = header[other], header[name]
             case 7:
@@ -388,7 +388,7 @@ def test_mutations_of_plain_files(tmp_path):
         rng = random.Random(seed)
         (tmp_path / "x").write_bytes(damage(raw, rng))
         try:
-            with store.ArrayReader(tmp_path / "x") as reader:
+            with _store.ArrayReader(tmp_path / "x") as reader:
                 for name, stored in reader.leaves.items():
                     array = reader.read(name)
                     assert (array.dtype.name, array.shape) == (stored.dtype, stored.shape)

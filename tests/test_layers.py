@@ -25,7 +25,7 @@ LAYERS = [
         "_jaxprs",
     },
     {"allocation"},
-    {"masks", "reports"},
+    {"_masks", "reports"},
     {"transforms", "learned", "_states"},
     {"initialization", "lottery", "calibration", "structured"},
     {"search", "export"},

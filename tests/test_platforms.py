@@ -169,7 +169,7 @@ def test_what_was_exported_runs_here():
 PRODUCTS = set("dot vdot inner matmul einsum tensordot dot_general".split())
 CONVOLUTIONS = set("conv conv_general_dilated conv_general_dilated_patches".split())
 # These stand where a product of the user's own stood, in the precision that the user runs it in.
-OF_THE_USER = ("export/packed.py", "export/tpu.py")
+OF_THE_USER = ("export/_packed.py", "export/tpu.py")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ import importlib
 import importlib.metadata
 import inspect
 import pkgutil
+import sys
+import types
 import typing
 
 import pytest
@@ -48,6 +50,19 @@ def test_dir_shows_what_is_public():
     modules = [prunax, *(getattr(prunax, name) for name in prunax.__all__)]
     for module in filter(inspect.ismodule, modules):
         assert dir(module) == sorted(module.__all__), module
+
+
+def test_every_public_name_has_one_address():
+    addresses: dict[int, list[str]] = {}
+    for name, item in EXPORTED.items():
+        if isinstance(item, types.ModuleType | type | types.FunctionType):
+            addresses.setdefault(id(item), []).append(name)
+    assert not [names for names in addresses.values() if len(names) > 1]
+    assert len(addresses) > 100
+
+
+def test_no_function_has_the_name_of_a_module():
+    assert not FUNCTIONS.keys() & sys.modules.keys()
 
 
 def test_version_is_the_installed_one():

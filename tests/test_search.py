@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
 import prunax
-from prunax import _counts, allocation, masks, patterns, search, structured
-from prunax.search import budgets
-from prunax.search.structures import words
+from prunax import _counts, _masks, allocation, patterns, search, structured
+from prunax.search import _budgets
+from prunax.search._structures import words
 
 # A network whose loss is known by hand: every weight that goes costs its own price.
 PRICES = {"a": 0.0, "b": 1.0, "c": 5.0}
@@ -93,7 +93,7 @@ def test_curves_are_the_losses_of_masks(trained, batch_size):
     grid = [0.5, 0.9]
     found = search.sensitivity(loss_fn, params, grid, batch_size=batch_size)
     for (i, name), (j, sparsity) in itertools.product(enumerate(found.names), enumerate(grid)):
-        tree = masks.compute_masks(params, allocation=allocation.by_path({name: sparsity}))
+        tree = _masks.compute_masks(params, allocation=allocation.by_path({name: sparsity}))
         np.testing.assert_allclose(found.losses[i, j], loss_under(loss_fn, params, tree), rtol=1e-5)
 
 
@@ -124,7 +124,7 @@ def test_masks_are_those_of_compute_masks(trained):
         round(sparsities.get(n, 0) * s)
         for n, s in zip(structures.names, structures.sizes, strict=True)
     ]
-    expected = masks.compute_masks(params, allocation=allocation.by_path(sparsities))
+    expected = _masks.compute_masks(params, allocation=allocation.by_path(sparsities))
     # A leaf without a sparsity has a mask of True here, and the scalar there.
     expected = jax.tree.map(
         jnp.broadcast_to, expected, jax.tree.map(jnp.shape, structures.masks(numbers))
@@ -239,7 +239,7 @@ def test_fitted_numbers_reach_the_target(structures, sparsity, data):
     )
     wished = np.array([data.draw(st.floats(0, n)) for n in sizes])
     target = sparsity * many.cost
-    fitted = budgets._fitted(many, wished, target)
+    fitted = _budgets._fitted(many, wished, target)
     assert all(0 <= k <= n and k % s == 0 for k, n, s in zip(fitted, sizes, steps, strict=True))
     over = np.dot(unit_costs, fitted) - target
     assert -1e-6 <= over <= max(np.multiply(unit_costs, steps)) + 1e-6
@@ -248,18 +248,18 @@ def test_fitted_numbers_reach_the_target(structures, sparsity, data):
 @given(st.floats(0, 1), st.integers(0, 10))
 def test_total_is_exact_where_weights_cost_the_same(sparsity, seed):
     structures = search.leaves(PLAIN)
-    target = budgets._target(structures, sparsity)
+    target = _budgets._target(structures, sparsity)
     rng = np.random.default_rng(seed)
-    pruned = budgets._fitted(structures, rng.uniform(0, structures.sizes), target)
+    pruned = _budgets._fitted(structures, rng.uniform(0, structures.sizes), target)
     for _ in range(5):
         assert pruned.sum() == _counts.num_pruned(sparsity, 200)
-        pruned = budgets._mutated(structures, pruned, target, rng)
+        pruned = _budgets._mutated(structures, pruned, target, rng)
 
 
 @given(st.lists(st.floats(-10, 10), min_size=1, max_size=12))
 def test_hull_lies_below_and_is_convex(values):
     x, y = np.arange(len(values), dtype=float), np.array(values)
-    corners = budgets._lower_hull(x, y)
+    corners = _budgets._lower_hull(x, y)
     assert corners[0] == 0 and corners[-1] == len(values) - 1
     assert np.all(np.interp(x, x[corners], y[corners]) <= y + 1e-9)
     assert np.all(np.diff(np.diff(y[corners]) / np.diff(x[corners])) >= -1e-9)
@@ -275,7 +275,7 @@ def test_search_is_never_worse_than_plain_allocations(trained):
         allocation.global_ranking,
     )
     for a in plain:
-        tree = masks.compute_masks(params, 0.9, allocation=a)
+        tree = _masks.compute_masks(params, 0.9, allocation=a)
         measured = loss_under(loss_fn, params, tree)
         assert found.starts[a.__name__] == pytest.approx(measured, rel=0.05)
         assert found.loss <= measured
@@ -289,7 +289,7 @@ def test_result_is_an_allocation(trained):
     _, params, loss_fn, _ = trained
     key = jax.random.key(2)
     found = search.allocate(loss_fn, params, 0.8, key=key, generations=3)
-    ours = masks.compute_masks(params, allocation=allocation.by_path(found.sparsities))
+    ours = _masks.compute_masks(params, allocation=allocation.by_path(found.sparsities))
     jax.tree.map(np.testing.assert_array_equal, ours, found.masks)
     assert loss_under(loss_fn, params, found.masks) == pytest.approx(found.loss, rel=1e-5)
     again = search.allocate(loss_fn, params, 0.8, key=key, generations=3)
@@ -316,7 +316,7 @@ def test_other_patterns(trained, pattern):
         loss_fn, params, 0.75, structures=structures, key=jax.random.key(0), generations=3
     )
     assert found.sparsity == pytest.approx(0.75, abs=0.02)
-    ours = masks.compute_masks(
+    ours = _masks.compute_masks(
         params, pattern=pattern, allocation=allocation.by_path(found.sparsities)
     )
     jax.tree.map(np.testing.assert_array_equal, ours, found.masks)
@@ -379,7 +379,7 @@ def test_limit_holds_on_a_trained_network(trained):
         found = search.max_sparsity(loss_fn, params, max_increase=limit)
         check_decisions(found)
         assert loss_under(loss_fn, params, found.masks) <= found.dense_loss + limit + 1e-6
-        ours = masks.compute_masks(params, allocation=allocation.by_path(found.sparsities))
+        ours = _masks.compute_masks(params, allocation=allocation.by_path(found.sparsities))
         jax.tree.map(np.testing.assert_array_equal, ours, found.masks)
         sparsities.append(prunax.summarize(params, found.masks).sparsity)
     assert 0.2 < sparsities[0] < sparsities[1] < sparsities[2]
@@ -396,7 +396,7 @@ def test_n_m_or_dense(trained):
     check_decisions(found)
     assert sorted(found.sparsities.values()) == [0.0, 0.0, 0.75]
     assert len(found.decisions) <= 3
-    ours = masks.compute_masks(
+    ours = _masks.compute_masks(
         params, pattern=pattern, allocation=allocation.by_path(found.sparsities)
     )
     jax.tree.map(np.testing.assert_array_equal, ours, found.masks)

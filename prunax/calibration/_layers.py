@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import PyTreeDef
 
+from prunax import _masks as mask_trees
 from prunax import allocation as allocations
-from prunax import masks as mask_trees
 from prunax import patterns, schedules, trees
 from prunax.calibration import _methods
 from prunax.calibration._problems import Problem

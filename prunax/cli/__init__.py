@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Imported here: whoever only asks for help does not wait for it, and an interrupt finds the handlers in place.
     from prunax.cli import commands
     from prunax.cli.output import in_flags, say, terminal
-    from prunax.export.checkpoints import open_checkpoint
+    from prunax.export._checkpoints import open_checkpoint
 
     out, err = terminal(sys.stdout), terminal(sys.stderr)
     try:

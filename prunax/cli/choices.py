@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prunax import _leaf_names
-from prunax.export.checkpoints import Tensor
+from prunax.export._checkpoints import Tensor
 
 if TYPE_CHECKING:
     from prunax import patterns

@@ -15,9 +15,9 @@ from rich.console import Console
 from prunax.cli import choices, looking
 from prunax.cli.choices import Choice, UsageError
 from prunax.cli.output import printable, progress, say
-from prunax.export.atomic import write_text
-from prunax.export.checkpoints import OTHERS, Checkpoint, in_order, texts
-from prunax.export.saving import FILES, check_replaceable, open_writer
+from prunax.export._atomic import write_text
+from prunax.export._checkpoints import OTHERS, Checkpoint, in_order, texts
+from prunax.export._saving import FILES, check_replaceable, open_writer
 from prunax.reports._tables import Table
 
 __all__: list[str] = []

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from prunax.export import encoding
-from prunax.export.checkpoints import Checkpoint, Tensor
+from prunax.export import _encoding
+from prunax.export._checkpoints import Checkpoint, Tensor
 
 __all__ = ["Difference", "Looked"]
 
@@ -74,7 +74,7 @@ def look(source: Checkpoint, step: Callable[[str], None]) -> Iterator[Looked]:
     """Look at every tensor."""
     for tensor in source.tensors.values():
         step(tensor.name)
-        if tensor.dtype_name not in encoding.DTYPES:
+        if tensor.dtype_name not in _encoding.DTYPES:
             yield Looked(tensor, None, (), 0)
             continue
         array = source.read(tensor.name)
@@ -83,13 +83,13 @@ def look(source: Checkpoint, step: Callable[[str], None]) -> Iterator[Looked]:
         nm: tuple[str, ...] = ()
         if zeros and tensor.ndim >= 2 and "float" in tensor.dtype.name:
             nm = tuple(_groupings(np.logical_not(where, out=where)))
-        size = encoding.encoded_size(array)
+        size = _encoding.encoded_size(array)
         yield Looked(tensor, zeros, nm, min(size, array.nbytes))
 
 
 def follows(array: np.ndarray, pattern: Any, name: str) -> str | None:
     """Say how a tensor's zeros break a pattern, or None."""
-    from prunax.export.verify import verify_pattern
+    from prunax.export._verify import verify_pattern
 
     try:
         verify_pattern({name: np.logical_not(zero(array))}, pattern)

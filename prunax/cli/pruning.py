@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from prunax import masks as mask_trees
+from prunax import _masks as mask_trees
 from prunax import patterns
 from prunax.cli import ranking
 from prunax.cli.choices import UsageError
-from prunax.export import encoding
-from prunax.export.checkpoints import Checkpoint, Tensor, in_order
+from prunax.export import _encoding
+from prunax.export._checkpoints import Checkpoint, Tensor, in_order
 
 __all__ = ["Masks", "Request"]
 
@@ -101,8 +101,8 @@ class Masks:
         if index not in self._packed:
             arrays = [array if i == index else self._read(i) for i in members]
             for i, mask in zip(members, self._select(pool, arrays), strict=True):
-                self._packed[i] = encoding.pack_bits(mask)
-        return encoding.unpack_bits(self._packed.pop(index), array.shape)
+                self._packed[i] = _encoding.pack_bits(mask)
+        return _encoding.unpack_bits(self._packed.pop(index), array.shape)
 
     def _cut(self, pool: int, array: np.ndarray) -> ranking.Cut:
         members = self._plan.pools[pool]

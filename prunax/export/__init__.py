@@ -31,14 +31,14 @@ from typing import TYPE_CHECKING
 from prunax import _modules
 
 if TYPE_CHECKING:
-    from prunax.export.bcoo import to_bcoo
-    from prunax.export.checkpoints import Checkpoint, Tensor, open_checkpoint
-    from prunax.export.container import FormatError
-    from prunax.export.files import load_masks, load_params, read_metadata, save_masks, save_params
-    from prunax.export.packed import BlockSparse, Dense, GatherSparse, pack
-    from prunax.export.saving import save_checkpoint, shrink_checkpoint
-    from prunax.export.timing import fastest, matmul_seconds
-    from prunax.export.verify import PatternReport, verify_pattern
+    from prunax.export._bcoo import to_bcoo
+    from prunax.export._checkpoints import Checkpoint, Tensor, open_checkpoint
+    from prunax.export._container import FormatError
+    from prunax.export._files import load_masks, load_params, read_metadata, save_masks, save_params
+    from prunax.export._packed import BlockSparse, Dense, GatherSparse, pack
+    from prunax.export._saving import save_checkpoint, shrink_checkpoint
+    from prunax.export._timing import fastest, matmul_seconds
+    from prunax.export._verify import PatternReport, verify_pattern
 
 __all__ = [
     "BlockSparse",
@@ -67,13 +67,13 @@ __getattr__ = _modules.lazy(
     __name__,
     __all__,
     {
-        "bcoo": "to_bcoo",
-        "checkpoints": "Checkpoint Tensor open_checkpoint",
-        "container": "FormatError",
-        "files": "load_masks load_params read_metadata save_masks save_params",
-        "packed": "BlockSparse Dense GatherSparse pack",
-        "saving": "save_checkpoint shrink_checkpoint",
-        "timing": "fastest matmul_seconds",
-        "verify": "PatternReport verify_pattern",
+        "_bcoo": "to_bcoo",
+        "_checkpoints": "Checkpoint Tensor open_checkpoint",
+        "_container": "FormatError",
+        "_files": "load_masks load_params read_metadata save_masks save_params",
+        "_packed": "BlockSparse Dense GatherSparse pack",
+        "_saving": "save_checkpoint shrink_checkpoint",
+        "_timing": "fastest matmul_seconds",
+        "_verify": "PatternReport verify_pattern",
     },
 )

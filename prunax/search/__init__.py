@@ -6,12 +6,12 @@ pattern (`leaves`), a channel group (`channels`), a residual branch or block (`b
 (`experts`), or some of each (`together`); budgets count weights, bytes, operations or seconds.
 """
 
-from prunax.search.acceptance import Decision, Found, max_sparsity
-from prunax.search.budgets import Allocated, allocate
-from prunax.search.costs import bytes_per_weight, flops_per_weight
-from prunax.search.curves import SPARSITIES, Sensitivity, sensitivity
-from prunax.search.structures import Structures, channels, leaves, together
-from prunax.search.switches import branches, experts
+from prunax.search._acceptance import Decision, Found, max_sparsity
+from prunax.search._budgets import Allocated, allocate
+from prunax.search._costs import bytes_per_weight, flops_per_weight
+from prunax.search._curves import SPARSITIES, Sensitivity, sensitivity
+from prunax.search._structures import Structures, channels, leaves, together
+from prunax.search._switches import branches, experts
 
 __all__ = [
     "SPARSITIES",

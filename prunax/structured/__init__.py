@@ -1,21 +1,21 @@
 """Structural pruning of any JAX function: coupled axes found from its jaxpr, and the network really smaller."""
 
-from prunax.structured.axes import Frozen, Position
-from prunax.structured.cost import (
+from prunax.structured._axes import Frozen, Position
+from prunax.structured._cost import (
     count_bytes,
     count_cache_bytes,
     count_flops,
     count_parameters,
     latency,
 )
-from prunax.structured.depth import prune_depth
-from prunax.structured.gating import apply_gates, gate_importance, gates
-from prunax.structured.groups import AxisGroup, Explanation, Member, axis_groups, explain
-from prunax.structured.mixtures import expert_importance
-from prunax.structured.prune import Shrunk, prunable_groups, prune_channels
-from prunax.structured.ranking import group_scores
-from prunax.structured.rebuild import rebuild
-from prunax.structured.regularization import (
+from prunax.structured._depth import prune_depth
+from prunax.structured._gating import apply_gates, gate_importance, gates
+from prunax.structured._groups import AxisGroup, Explanation, Member, axis_groups, explain
+from prunax.structured._mixtures import expert_importance
+from prunax.structured._prune import Shrunk, prunable_groups, prune_channels
+from prunax.structured._ranking import group_scores
+from prunax.structured._rebuild import rebuild
+from prunax.structured._regularization import (
     group_lasso,
     group_norms,
     growing_strengths,
@@ -23,8 +23,8 @@ from prunax.structured.regularization import (
     soft_threshold,
     weighted_l2,
 )
-from prunax.structured.residuals import Branch, branches
-from prunax.structured.shrink import shrink, shrink_function
+from prunax.structured._residuals import Branch, branches
+from prunax.structured._shrink import shrink, shrink_function
 
 __all__ = [
     "AxisGroup",

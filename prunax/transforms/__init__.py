@@ -1,10 +1,10 @@
 """Optax gradient transformations that train sparse models."""
 
-from prunax.transforms.admm import AdmmState, admm
-from prunax.transforms.dynamic import dynamic_sparse, rigl, sparse_evolutionary, static_sparse
-from prunax.transforms.masked import PruneState, unpack_masks
-from prunax.transforms.proximal import ProximalState, proximal_group_lasso, proximal_l1
-from prunax.transforms.pruning import fixed_masks, prune
+from prunax.transforms._admm import AdmmState, admm
+from prunax.transforms._dynamic import dynamic_sparse, rigl, sparse_evolutionary, static_sparse
+from prunax.transforms._masked import PruneState, unpack_masks
+from prunax.transforms._proximal import ProximalState, proximal_group_lasso, proximal_l1
+from prunax.transforms._pruning import fixed_masks
 
 __all__ = [
     "AdmmState",
@@ -15,7 +15,6 @@ __all__ = [
     "fixed_masks",
     "proximal_group_lasso",
     "proximal_l1",
-    "prune",
     "rigl",
     "sparse_evolutionary",
     "static_sparse",
