@@ -48,8 +48,8 @@ def group_norms(
 
     Examples:
         >>> import jax.numpy as jnp, prunax
-        >>> params = {"up": jnp.array([[2.0, 0.0]]), "down": jnp.array([[1.0], [2.0]])}
-        >>> groups = prunax.structured.axis_groups(lambda p, x: x @ p["up"] @ p["down"], params, jnp.ones((2, 1)))
+        >>> params = {"fc": jnp.array([[2.0, 0.0]]), "out": jnp.array([[1.0], [2.0]])}
+        >>> groups = prunax.structured.axis_groups(lambda p, x: x @ p["fc"] @ p["out"], params, jnp.ones((2, 1)))
         >>> norms, = prunax.structured.group_norms(groups, params).values()
         >>> [round(norm, 3) for norm in norms.tolist()]
         [2.236, 2.0]
@@ -77,8 +77,8 @@ def group_lasso(
 
     Examples:
         >>> import jax.numpy as jnp, prunax
-        >>> params = {"up": jnp.array([[3.0, 0.0]]), "down": jnp.array([[4.0], [0.0]])}
-        >>> groups = prunax.structured.axis_groups(lambda p, x: x @ p["up"] @ p["down"], params, jnp.ones((2, 1)))
+        >>> params = {"fc": jnp.array([[3.0, 0.0]]), "out": jnp.array([[4.0], [0.0]])}
+        >>> groups = prunax.structured.axis_groups(lambda p, x: x @ p["fc"] @ p["out"], params, jnp.ones((2, 1)))
         >>> round(float(prunax.structured.group_lasso(groups, params)), 4)
         7.0711
 
@@ -112,8 +112,8 @@ def weighted_l2(
 
     Examples:
         >>> import jax.numpy as jnp, prunax
-        >>> params = {"up": jnp.array([[3.0, 1.0]]), "down": jnp.array([[4.0], [1.0]])}
-        >>> groups = prunax.structured.axis_groups(lambda p, x: x @ p["up"] @ p["down"], params, jnp.ones((2, 1)))
+        >>> params = {"fc": jnp.array([[3.0, 1.0]]), "out": jnp.array([[4.0], [1.0]])}
+        >>> groups = prunax.structured.axis_groups(lambda p, x: x @ p["fc"] @ p["out"], params, jnp.ones((2, 1)))
         >>> float(prunax.structured.weighted_l2({groups[0]: jnp.array([1.0, 0.0])}, params))
         12.5
     """
@@ -148,8 +148,8 @@ def growing_strengths(
 
     Examples:
         >>> import jax.numpy as jnp, prunax
-        >>> params = {"up": jnp.ones((4, 3)), "down": jnp.ones((3, 2))}
-        >>> groups = prunax.structured.axis_groups(lambda p, x: x @ p["up"] @ p["down"], params, jnp.ones((5, 4)))
+        >>> params = {"fc": jnp.ones((4, 3)), "out": jnp.ones((3, 2))}
+        >>> groups = prunax.structured.axis_groups(lambda p, x: x @ p["fc"] @ p["out"], params, jnp.ones((5, 4)))
         >>> keep = {next(g for g in groups if not g.frozen): [0, 2]}
         >>> strengths, = prunax.structured.growing_strengths(keep, 250, rate=0.25, every=100).values()
         >>> strengths.tolist()
@@ -192,9 +192,9 @@ def soft_threshold(
 
     Examples:
         >>> import jax.numpy as jnp, prunax
-        >>> params = {"up": jnp.array([[1.0, 0.1]]), "down": jnp.array([[1.0], [0.1]])}
-        >>> groups = prunax.structured.axis_groups(lambda p, x: x @ p["up"] @ p["down"], params, jnp.ones((2, 1)))
-        >>> prunax.structured.soft_threshold(groups, params, 0.5)["up"].tolist()
+        >>> params = {"fc": jnp.array([[1.0, 0.1]]), "out": jnp.array([[1.0], [0.1]])}
+        >>> groups = prunax.structured.axis_groups(lambda p, x: x @ p["fc"] @ p["out"], params, jnp.ones((2, 1)))
+        >>> prunax.structured.soft_threshold(groups, params, 0.5)["fc"].tolist()
         [[0.5, 0.0]]
 
     References:
@@ -244,11 +244,11 @@ def proximal_group_lasso(
 
     Examples:
         >>> import jax, jax.numpy as jnp, optax, prunax
-        >>> params = {"up": jnp.array([[1.0, 0.1]]), "down": jnp.array([[1.0], [0.1]])}
-        >>> groups = prunax.structured.axis_groups(lambda p, x: x @ p["up"] @ p["down"], params, jnp.ones((2, 1)))
+        >>> params = {"fc": jnp.array([[1.0, 0.1]]), "out": jnp.array([[1.0], [0.1]])}
+        >>> groups = prunax.structured.axis_groups(lambda p, x: x @ p["fc"] @ p["out"], params, jnp.ones((2, 1)))
         >>> tx = prunax.structured.proximal_group_lasso(optax.sgd(0.1), groups, 0.5)
         >>> updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
-        >>> optax.apply_updates(params, updates)["down"].tolist()
+        >>> optax.apply_updates(params, updates)["out"].tolist()
         [[0.5], [0.0]]
     """
 
