@@ -177,12 +177,12 @@ def sources_table(content: Mapping[str, Any]) -> harness.Table:
 
 
 def failures_table(content: Mapping[str, Any]) -> harness.Table:
-    """Failures by cause: paths and numbers, in which they differ, are left out of the cause."""
+    """Failures by cause: the first clause of what was said, without the leaf's name."""
     causes: dict[tuple[str, str], list[str]] = collections.defaultdict(list)
     for record in content["records"]:
         for what, why in reasons(record):
-            line = why.splitlines()[0]
-            causes[what, re.sub(r"'[^']*/[^']*'", "a leaf", line)[:200]].append(record["name"])
+            clause = re.split(r"; |\. |:?\n", why)[0]
+            causes[what, re.sub(r"'[^']+' is", "a leaf is", clause)].append(record["name"])
     rows = [
         (why.replace("|", "/"), what, str(len(names)), ", ".join(names))
         for (what, why), names in sorted(causes.items(), key=lambda item: -len(item[1]))

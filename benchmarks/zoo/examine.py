@@ -4,6 +4,7 @@ python -m benchmarks.zoo.examine keras/VGG16
 """
 
 import json
+import re
 import resource
 import sys
 import time
@@ -137,7 +138,8 @@ def _floating(tree: Any) -> list[np.ndarray]:
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip()[:1500]}"
+    text = re.sub(r"\S*/site-packages/", "", str(error).strip())  # without folders of this machine
+    return f"{type(error).__name__}: {text[:1500]}"
 
 
 def main() -> None:
