@@ -391,3 +391,67 @@ def test_equinox_attention_of_fewer_heads():
     assert sizes(new.attend.query_proj) == (12, 8)
     assert sizes(new.attend.output_proj) == (8, 12)
     np.testing.assert_allclose(new(x), small.fn(small.params, x), rtol=1e-4, atol=1e-5)
+
+
+# Flax Linen: a clone whose variables have the smaller shapes.
+
+
+class LinenNet(nn.Module):
+    features: tuple[int, ...] = (16, 16)
+    heads: int = 4
+    layers: int = 4
+    classes: int = 4
+
+    @nn.compact
+    def __call__(self, x):
+        for n in self.features:
+            x = nn.relu(nn.BatchNorm(use_running_average=True)(nn.Dense(n)(x)))
+        x = x + nn.MultiHeadDotProductAttention(self.heads, qkv_features=8)(x)
+        for _ in range(self.layers // 2):
+            x = nn.relu(x)
+        return nn.Dense(self.classes)(x)
+
+
+def test_linen_module_is_cloned_with_the_smaller_attributes():
+    x = zoo.normal(1, 2, 5, 6)
+    module = LinenNet()
+    variables = module.init(jax.random.key(0), x)
+    named = {"params/Dense_0/kernel[[]1]": 0.5, "params/Dense_1/kernel[[]1]": 0.25}
+    small = structured.prune_channels(
+        module.apply, variables, x, allocation=prunax.allocation.by_path(named)
+    )
+    new = structured.rebuild(module, small)
+    # Numbers whose name says nothing of sizes, and the classes, stay.
+    assert (new.features, new.heads, new.layers, new.classes) == ((8, 12), 4, 4, 4)
+    np.testing.assert_allclose(
+        new.apply(small.params, x), small.fn(small.params, x), rtol=1e-5, atol=1e-6
+    )
+    assert module.features == (16, 16)
+    with pytest.raises(ValueError, match="attributes names 'width'"):
+        structured.rebuild(module, small, attributes={"width": 3})
+
+
+def test_linen_sizes_in_the_code_are_named():
+    class Fixed(nn.Module):
+        width: int = 12
+
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(4)(nn.relu(nn.Dense(16)(nn.relu(nn.Dense(self.width)(x)))))
+
+    x = zoo.normal(1, 2, 6)
+    variables = Fixed().init(jax.random.key(0), x)
+    small = structured.prune_channels(Fixed().apply, variables, x, sparsity=0.5)
+    with pytest.raises(ValueError, match=r"(?s)Dense_0.*shape.*Not settled: width \(now 12\)"):
+        structured.rebuild(Fixed(), small)
+
+
+def test_haiku_needs_none():
+    import haiku as hk
+
+    net = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([8, 3])(x)))
+    x = zoo.normal(1, 2, 6)
+    params = net.init(jax.random.key(0), x)
+    small = structured.prune_channels(net.apply, params, x, sparsity=0.5)
+    with pytest.raises(TypeError, match=r"needs no rebuilding.*small\.fn is the function"):
+        structured.rebuild(net, small)

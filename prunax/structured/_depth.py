@@ -20,7 +20,7 @@ from prunax.structured._omission import (
     part,
     run,
 )
-from prunax.structured._prune import Shrunk
+from prunax.structured._prune import Shrunk, abstract_inputs
 from prunax.structured._residuals import Branch, Residuals, covers, matches, residuals
 
 __all__ = ["prune_depth"]
@@ -110,11 +110,15 @@ def prune_depth(
         pick = _by_influence if loss is None else _by_loss
         chosen = [b for n in pick(known, params, args, groups, wanted, loss) for b in groups[n]]
         chosen = [branch for branch in known.branches if branch in chosen]
-    return without(fn, params, known, chosen)
+    return without(fn, params, args, known, chosen)
 
 
 def without(
-    fn: Callable[..., Any], params: PyTree, known: Residuals, chosen: Sequence[Branch]
+    fn: Callable[..., Any],
+    params: PyTree,
+    args: tuple[Any, ...],
+    known: Residuals,
+    chosen: Sequence[Branch],
 ) -> Shrunk:
     """The network without some of its branches."""
     names = tuple(branch.name for branch in chosen)
@@ -156,7 +160,7 @@ def without(
             stacks.append(x if x is None or isinstance(need, bool) else Rows(x, need))
         return compiled[key](stacks, inputs)
 
-    return Shrunk(small, out.unflatten(cut), {}, (), removed=names)
+    return Shrunk(small, out.unflatten(cut), {}, (), removed=names, inputs=abstract_inputs(args))
 
 
 def _program(

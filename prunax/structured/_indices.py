@@ -87,8 +87,8 @@ def numbers(
         return [found]  # a negative index counts from the end
     if name in _COMPARISONS:
         found = [value.numbers for value in ins]
-        if _of_one(ins):
-            return nothing
+        if name not in ("eq", "ne") and _of_one(ins):
+            return nothing  # whether an index is in range
         if name == "eq" and None not in found and _tied(walk, *found):
             return nothing
     for value in ins:

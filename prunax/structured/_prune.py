@@ -11,6 +11,7 @@ import numpy as np
 from prunax import allocation as allocations
 from prunax import trees
 from prunax._counts import num_pruned
+from prunax._jaxprs import programs
 from prunax._jaxprs.kernels import kernels
 from prunax.structured import _cost as costs
 from prunax.structured._groups import AxisGroup, axis_groups, checked_units
@@ -42,6 +43,7 @@ class Shrunk(NamedTuple):
         whole: For each group that did not shrink why: frozen by what, produced by a leaf that was not selected, another
             factor of the same axis shrank, or nothing was to go.
         removed: Names of the branches that `prune_depth` left out.
+        inputs: The example inputs, abstract.
     """
 
     fn: Callable[..., Any]
@@ -50,6 +52,7 @@ class Shrunk(NamedTuple):
     groups: tuple[AxisGroup, ...]
     whole: Mapping[AxisGroup, str] = MappingProxyType({})
     removed: tuple[str, ...] = ()
+    inputs: tuple[Any, ...] = ()
 
 
 def prune_channels(
@@ -151,7 +154,13 @@ def prune_channels(
             whole[group] = (
                 "none of its units was to go" if group in unit_scores else "without scores"
             )
-    return Shrunk(shrink_function(fn, keep), shrink(params, keep), keep, groups, whole)
+    small, inputs = shrink(params, keep), abstract_inputs(args)
+    return Shrunk(shrink_function(fn, keep), small, keep, groups, whole, inputs=inputs)
+
+
+def abstract_inputs(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Shapes and dtypes of inputs; what is no array stays."""
+    return jax.tree.map(lambda x: programs.abstract(x) if trees.is_array(x) else x, args)
 
 
 def prunable_groups(
@@ -232,7 +241,7 @@ def _choose(
         unit_scores = {g: score for g, score in unit_scores.items() if g not in other_factors}
         left = numbers_left(unit_scores, sparsity, allocation)
     for group, count in left.items():
-        if strict and count < group.least:
+        if strict and count < group.least and group.least > 1:
             raise ValueError(
                 f"prune_channels: {group.name} would keep {count} of {group.size} units, and `top_k` takes "
                 f"{group.least} of them: {', '.join(dict.fromkeys(m.path for m in group.members))}. "

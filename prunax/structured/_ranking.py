@@ -1,6 +1,7 @@
 """Rank the units of groups, and say which stay: on the host, where nothing is compiled for a few dozen numbers."""
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -196,12 +197,18 @@ def one_factor_an_axis(
 
 
 def _factors(groups: Sequence[AxisGroup]) -> dict[AxisGroup, list[AxisGroup]]:
-    """For each group those that are other factors of an axis that it lies on."""
+    """For each group those that are other factors of an axis that it lies on, or of what a leaf produces.
+
+    Experts are no factor of the width of each.
+    """
     places: dict[tuple[str, int], list[tuple[AxisGroup, np.ndarray]]] = {}
+    made: dict[str, dict[int, list[AxisGroup]]] = {}
     for group in groups:
         for member in group.members:
             where = places.setdefault((member.path, member.axis), [])
             where.append((group, member.position.indices(group.size)))
+            if member.role == "produces" and not group.numbered:
+                made.setdefault(member.path, {}).setdefault(member.axis, []).append(group)
     found: dict[AxisGroup, dict[AxisGroup, None]] = {}
     for here in places.values():
         for n, (group, indices) in enumerate(here):
@@ -209,6 +216,10 @@ def _factors(groups: Sequence[AxisGroup]) -> dict[AxisGroup, list[AxisGroup]]:
                 if other is not group and np.isin(indices, theirs).any():
                     found.setdefault(group, {})[other] = None
                     found.setdefault(other, {})[group] = None
+    for along in made.values():
+        for ours, theirs in itertools.permutations(along.values(), 2):
+            for group in ours:
+                found.setdefault(group, {}).update((g, None) for g in theirs if g is not group)
     return {group: list(others) for group, others in found.items()}
 
 

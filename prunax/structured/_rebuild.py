@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prunax import trees
-from prunax.structured import _scalars
+from prunax.structured import _keras, _linen, _scalars
 from prunax.structured._groups import AxisGroup, Member, kept_positions
 from prunax.structured._prune import Shrunk
 
@@ -75,8 +76,11 @@ def rebuild(
 
     Args:
         module: The module of the original sizes: a `flax.nnx.Module`, or an Equinox module or any other dataclass that
-            is a pytree, alone or in containers (``(model, state)``). Flax Linen modules have their sizes in their code;
-            there ``small.fn`` is the smaller network.
+            is a pytree, alone or in containers (``(model, state)``); or a `flax.linen.Module`, of which you get a clone
+            with smaller attributes, those whose variables have the shapes of ``small.params``, for them to be applied
+            to. A transformed Haiku function holds no sizes: there ``small.fn`` is all. A functional or sequential Keras
+            model is made from its configuration; its params are the list of its variables' values, or of the trainable
+            ones, in their order.
         small: From `prune_channels`; after fine-tuning ``small._replace(params=tuned)``. The paths of its params must
             be those of the module: ``fn`` had the module itself as its params, or `nnx.state` of it, or a part of that.
         attributes: Values of attributes that cannot be told, by path: ``{"attention/head_dim": 48}``.
@@ -108,8 +112,23 @@ def rebuild(
     from flax import nnx
 
     given = dict(attributes or {})
+    if "haiku" in type(module).__module__:
+        raise TypeError(
+            "rebuild: a transformed Haiku function needs no rebuilding, since it holds no sizes: small.fn is the "
+            "function for small.params. For Haiku code of the smaller sizes, pass them to your own modules."
+        )
     seen: set[str] = set()
     sizes = _sizes(small)
+    if _is_linen(module):
+        return _linen.clone(
+            module,
+            small.params,
+            small.inputs,
+            given,
+            lambda path, value: _may_be(sizes(""), path, value),
+        )
+    if _is_keras(module):
+        return _keras_model(module, small, given)
     roots = _roots(module, small)
     small = small._replace(params=_with_other_roots(small, roots))
 
@@ -136,6 +155,66 @@ def rebuild(
             f"Write the path of the module and the attribute, as in 'block/attention/head_dim'."
         )
     return new
+
+
+def _is_linen(module: Any) -> bool:
+    nn = sys.modules.get("flax.linen")
+    return nn is not None and isinstance(module, nn.Module)
+
+
+def _is_keras(module: Any) -> bool:
+    keras_ = sys.modules.get("keras")
+    return keras_ is not None and isinstance(module, keras_.Model)
+
+
+def _keras_model(model: Any, small: Shrunk, given: Mapping[str, Any]) -> Any:
+    for group, units in small.keep.items():
+        if group.root:
+            raise ValueError(
+                f"rebuild: {group.name} went from {group.size} to {len(units)} units, by whose root Keras divides. "
+                f"Keep the width of the heads and remove heads (allocation.by_path names them), or use small.fn."
+            )
+    by_path = dict(trees.named_leaves(small.params))
+    leaves = small.groups[0].leaves if small.groups else ()
+    sizes = _sizes(small)
+    seen: set[str] = set()
+
+    def decide(mine: Sequence[int], kind: str, layer: str, name: str, value: Any) -> Any:
+        path = f"{layer}/{name}"
+        if path in given:
+            seen.add(path)
+            return given[path]
+        if not _is_size(name, value):
+            return value
+
+        def within() -> list[_Size]:
+            return [s for n in mine for s in sizes(leaves[n].path)]
+
+        return _decided(f"{path!r} of {kind}", path, name, value, within)
+
+    new = _keras.remade(
+        model, [by_path[leaf.path] for leaf in leaves], [leaf.shape for leaf in leaves], decide
+    )
+    if unknown := sorted(set(given) - seen):
+        raise ValueError(
+            f"rebuild: attributes names {unknown[0]!r}, which is no number of a layer."
+        )
+    return new
+
+
+def _may_be(sizes: Sequence[_Size], path: str, value: int) -> list[int]:
+    """What has become of a number of a Linen module: by its name first, then anything that was as large."""
+    name = path.rpartition("/")[2]
+    if name.isdigit():
+        name = path.split("/")[-2]
+    alike = [s for s in sizes if s.old == value and s.new != s.old]
+    if not alike or name in _NO_SIZES:
+        return [value]
+    ranked = [s.new for fits in _by_name(name) for s in alike if fits(s)]
+    rest = [s.new for s in alike]
+    if not _SIZES.search(name):
+        return list(dict.fromkeys([value, *ranked, *rest]))
+    return list(dict.fromkeys([*ranked, *rest, value]))
 
 
 def _replaced(tree: PyTree, small: Shrunk) -> PyTree:

@@ -8,7 +8,7 @@ What isn't known to be zero counts as not zero, so that a group may be called ch
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,18 +72,30 @@ def follow(trace: Trace, live: Zero) -> Remains:
     Returns:
         The `Remains`.
     """
-    found = Remains(set(), {})
-    _run(trace, [_atoms(axis, live) for axis in trace.ins], live, found)
+    found, of = Remains(set(), {}), _Live(live)
+    _run(trace, [_atoms(axis, of) for axis in trace.ins], of, found)
     return found
 
 
-def _atoms(value: Sequence[Axis], live: Zero) -> Zero:
-    if not live:
-        return frozenset()
-    return frozenset(atom for axis in value for atom in _axes.atoms(axis) if atom in live)
+class _Live(frozenset[Axis]):
+    """The atoms that may shrink, and which of them lie on an axis; axes are final by now."""
+
+    def __init__(self, atoms: Iterable[Axis]) -> None:
+        del atoms  # taken by frozenset itself
+        self.known: dict[Axis, Zero] = {}
+
+    def on(self, axis: Axis) -> Zero:
+        if axis not in self.known:
+            self.known[axis] = self.intersection(_axes.atoms(axis))
+        return self.known[axis]
 
 
-def _run(trace: Trace, ins: Sequence[Zero], live: Zero, found: Remains) -> list[Zero]:
+def _atoms(value: Sequence[Axis], live: _Live) -> Zero:
+    found = [here for axis in value if (here := live.on(axis))]
+    return found[0] if len(found) == 1 else frozenset().union(*found)
+
+
+def _run(trace: Trace, ins: Sequence[Zero], live: _Live, found: Remains) -> list[Zero]:
     # A literal zero is zero in every unit.
     env: dict[Any, Zero] = dict(zip(trace.jaxpr.jaxpr.invars, ins, strict=True))
 
@@ -99,7 +111,7 @@ def _run(trace: Trace, ins: Sequence[Zero], live: Zero, found: Remains) -> list[
     return [read(var) for var in trace.jaxpr.jaxpr.outvars]
 
 
-def _step(step: Step, zero: list[Zero], live: Zero, found: Remains) -> list[Zero]:
+def _step(step: Step, zero: list[Zero], live: _Live, found: Remains) -> list[Zero]:
     eqn, name = step.eqn, step.eqn.primitive.name
     if name in programs.CALLS:
         return _run(step.inner[0], zero, live, found)
@@ -178,7 +190,7 @@ def _result(eqn: JaxprEqn, name: str, zero: list[Zero], present: list[Zero]) -> 
     return none
 
 
-def _check(step: Step, zero: list[Zero], present: list[Zero], live: Zero, found: Remains) -> None:
+def _check(step: Step, zero: list[Zero], present: list[Zero], live: _Live, found: Remains) -> None:
     """Note the atoms that this equation reduces over."""
     eqn, name = step.eqn, step.eqn.primitive.name
     if name in MULTIPLIES:
@@ -202,7 +214,7 @@ def _check(step: Step, zero: list[Zero], present: list[Zero], live: Zero, found:
     found.remains.update(gone if name != "reduce_sum" else gone - zero[0])
 
 
-def _contracted_twice(step: Step, live: Zero) -> Zero:
+def _contracted_twice(step: Step, live: _Live) -> Zero:
     """Atoms contracted by a product although they stay on another axis of its result."""
     if step.eqn.primitive.name != "dot_general":
         return frozenset()
@@ -210,7 +222,7 @@ def _contracted_twice(step: Step, live: Zero) -> Zero:
     return _atoms([step.ins[0][i] for i in contracted], live)
 
 
-def _scan(step: Step, zero: list[Zero], live: Zero, found: Remains) -> list[Zero]:
+def _scan(step: Step, zero: list[Zero], live: _Live, found: Remains) -> list[Zero]:
     n, m = programs.scan_arity(step.eqn)
 
     def turn(carry: list[Zero], found: Remains) -> list[Zero]:
@@ -220,7 +232,7 @@ def _scan(step: Step, zero: list[Zero], live: Zero, found: Remains) -> list[Zero
     return [*carry, *outs[m:]]
 
 
-def _while(step: Step, zero: list[Zero], live: Zero, found: Remains) -> list[Zero]:
+def _while(step: Step, zero: list[Zero], live: _Live, found: Remains) -> list[Zero]:
     test, body, carry = while_operands(step.eqn, zero)
 
     def turn(carry: list[Zero], found: Remains) -> list[Zero]:
