@@ -315,7 +315,8 @@ def _solved(
 ) -> tuple[jax.Array, jax.Array]:
     one = functools.partial(_method(numbers, static).solve, pattern=pattern)
     if scale is None:
-        return tuple(jax.vmap(one)(weights, prepared, budgets))
+        new, mask = jax.vmap(one)(weights, prepared, budgets)
+        return jnp.where(mask, new, jnp.zeros((), new.dtype)), mask
     # The function multiplies the weights by constants. What counts is their product; one that is nothing stays so.
     scaled = (weights.astype(scale.dtype) * scale).astype(weights.dtype)
     new, mask = jax.vmap(one)(scaled, prepared, budgets)
