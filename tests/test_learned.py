@@ -96,9 +96,7 @@ def test_in_shard_map_each_device_learns_its_own():
         return (masked * gate * soft["kernel"] + thin)[None]
 
     together = jax.jit(
-        jax.shard_map(
-            one, mesh=mesh, in_specs=(P("x"), P("x"), P("x")), out_specs=P("x"), check_vma=False
-        )
+        jax.shard_map(one, mesh=mesh, in_specs=(P("x"), P("x"), P("x")), out_specs=P("x"))
     )(w, s, logits)
     for i in range(2):
         part = jax.tree.map(lambda x, i=i: x[i : i + 1], (w, s, logits))

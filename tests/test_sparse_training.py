@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from sklearn.datasets import load_digits
 
 import prunax
 from prunax import allocation, patterns, schedules, scores, transforms
@@ -278,6 +279,39 @@ def test_proximal_group_lasso_reaches_a_sparsity():
     assert all((z.all(0) == z.any(0)).all() for z in zero)
     assert sum(z.all(0).sum() for z in zero) == 20  # of 32 and 8 columns
     assert int(state.count) == 50
+
+
+def test_digits_are_read_after_shrinkage_to_a_sparsity():
+    digits = load_digits()
+    x, y = jnp.asarray(digits.data / 16, jnp.float32), jnp.asarray(digits.target)
+    k1, k2 = jax.random.split(jax.random.key(0))
+    params = {
+        "hidden": {"kernel": jax.random.normal(k1, (64, 64)) / 8},
+        "head": {"kernel": jax.random.normal(k2, (64, 10)) / 8},
+    }
+    tx = transforms.proximal_l1(optax.adam(5e-3), sparsity=0.8, end_step=300)
+
+    def logits(params, x):
+        return jax.nn.relu(x @ params["hidden"]["kernel"]) @ params["head"]["kernel"]
+
+    def loss(params, rows):
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits(params, x[rows]), y[rows])
+        return losses.mean()
+
+    def step(carry, key):
+        params, state = carry
+        rows = jax.random.randint(key, (64,), 0, 1200)
+        updates, state = tx.update(jax.grad(loss)(params, rows), state, params)
+        params = optax.apply_updates(params, updates)
+        zeros = sum(jnp.sum(k == 0) for k in jax.tree.leaves(params))
+        return (params, state), zeros
+
+    train = jax.jit(lambda *carry: jax.lax.scan(step, carry, jax.random.split(k1, 400)))
+    (params, _), zeros = train(params, tx.init(params))
+    wanted = round(0.8 * 74 * 64)
+    assert 0.2 * wanted < zeros[100] < zeros[200] < zeros[298] <= wanted
+    assert (zeros[299:] == wanted).all()
+    assert (logits(params, x[1200:]).argmax(-1) == y[1200:]).mean() > 0.88
 
 
 def test_a_run_to_a_sparsity_goes_on_from_its_state():
