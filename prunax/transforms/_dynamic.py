@@ -41,9 +41,9 @@ def dynamic_sparse(
     Masks begin with the connections that score highest under `initial`. Then every `every` steps each pool (of a leaf,
     or of a slice where the pattern compares slices) drops the fraction f_t of its active units with the lowest `drop`
     scores, and grows as many of the units that are then inactive, those with the highest `grow` scores, among them
-    perhaps ones just dropped. Grown weights begin at zero, with what the optimizer's `init` gives a weight (zero moments,
-    mostly), and the number of active weights is the same at every step. A leaf whose `initial`, `drop` or `grow` score is
-    a scalar is never pruned.
+    perhaps ones just dropped. Grown weights begin at zero, with what the optimizer's `init` gives a weight (mostly zero
+    moments), and the number of active weights is the same at every step. A leaf whose `initial`, `drop` or `grow` score
+    is a scalar is never pruned.
 
     .. math:: f_t = \frac{f_0}{2} \left(1 + \cos \frac{t \pi}{T_{end}}\right)
 
@@ -155,7 +155,7 @@ def dynamic_sparse(
             # Random scores are alike in all of a shard_map, where the masks of weights need not be.
             return [
                 _meshes.vary_like(m, leaf)
-                for m, leaf in zip(chosen_masks, chosen.leaves, strict=True)
+                for m, leaf in zip(chosen_masks, moving.leaves, strict=True)
             ]
 
         def start(masks: list[jax.Array]) -> Ranking:
