@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import prunax
 from prunax import export
-from prunax.cli import choices, main, ranking
+from prunax.cli import _options, _ranking, main
 from prunax.export._checkpoints import Tensor
 
 
@@ -84,10 +84,10 @@ def test_ranking_is_that_of_compute_masks(name, sparsity, size, levels, seed):
         allocation=prunax.allocation.global_ranking,
         where=lambda path, leaf: True,
     )
-    common = ranking.common_dtype(a.dtype for a in arrays)
-    cut = ranking.find_cut(lambda: arrays, common, round(sparsity * 3 * size))
+    common = _ranking.common_dtype(a.dtype for a in arrays)
+    cut = _ranking.find_cut(lambda: arrays, common, round(sparsity * 3 * size))
     for array, expected in zip(arrays, masks, strict=True):
-        mask, cut = ranking.apply_cut(array, cut)
+        mask, cut = _ranking.apply_cut(array, cut)
         np.testing.assert_array_equal(mask, np.asarray(expected))
 
 
@@ -98,7 +98,7 @@ def test_ranking_in_groups_is_that_of_compute_masks(axis, n, m):
     pattern = prunax.patterns.NM(n, m, axis=axis)
     mask = prunax.compute_masks({"w": jnp.asarray(array)}, pattern=pattern)["w"]
     np.testing.assert_array_equal(
-        ranking.largest_in_groups(array, axis, m, m - n), np.asarray(mask)
+        _ranking.largest_in_groups(array, axis, m, m - n), np.asarray(mask)
     )
 
 
@@ -106,13 +106,13 @@ def test_ranking_of_wide_and_extreme_numbers():
     array = np.array([5e-324, -1.0, 0.0, np.inf, 1 + 2**-52, -0.0, 1.0])
     order = np.argsort(np.abs(array), kind="stable")
     for k in range(8):
-        mask, _ = ranking.apply_cut(array, ranking.find_cut(lambda: [array], array.dtype, k))
+        mask, _ = _ranking.apply_cut(array, _ranking.find_cut(lambda: [array], array.dtype, k))
         if k not in (1, 4):  # where a tie is cut: the first is kept
             np.testing.assert_array_equal(np.flatnonzero(~mask), np.sort(order[:k]))
         assert np.count_nonzero(~mask) == k
-    mask, _ = ranking.apply_cut(array, ranking.find_cut(lambda: [array], array.dtype, 1))
+    mask, _ = _ranking.apply_cut(array, _ranking.find_cut(lambda: [array], array.dtype, 1))
     assert mask.tolist() == [True, True, True, True, True, False, True]
-    assert ranking.common_dtype([np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)]) == np.float32
+    assert _ranking.common_dtype([np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)]) == np.float32
 
 
 # --- prune ----------------------------------------------------------------------------------------------------------
@@ -175,7 +175,7 @@ def test_prune_makes_the_masks_of_compute_masks(file, tmp_path, compress, option
 
 
 def test_slabs_and_pieces_change_nothing(file, tmp_path, monkeypatch):
-    from prunax.cli import pruning
+    from prunax.cli import _pruning
 
     for options in (
         ["--pattern", "2:4"],
@@ -184,9 +184,9 @@ def test_slabs_and_pieces_change_nothing(file, tmp_path, monkeypatch):
     ):
         run("prune", file, tmp_path / "whole.safetensors", "--overwrite", *options)
         with monkeypatch.context() as patch:
-            patch.setattr(pruning, "_SLAB", 24)
-            patch.setattr(pruning, "_PIECE", 7)
-            patch.setattr(ranking, "_PIECE", 7)
+            patch.setattr(_pruning, "_SLAB", 24)
+            patch.setattr(_pruning, "_PIECE", 7)
+            patch.setattr(_ranking, "_PIECE", 7)
             run("prune", file, tmp_path / "parts.safetensors", "--overwrite", *options)
         assert run("diff", tmp_path / "whole.safetensors", tmp_path / "parts.safetensors") == 0
 
@@ -290,11 +290,11 @@ def test_nothing_is_overwritten_unasked(file, tmp_path, capsys):
 def test_layout_by_names(names, layout):
     tensors = [Tensor(n, n.replace(".", "/"), (4, 4), "float32") for n in names]
     if layout is None:
-        with pytest.raises(choices.UsageError, match="--layout in-out or --layout out-in"):
-            choices.find_layout("auto", tensors)
+        with pytest.raises(_options.UsageError, match="--layout in-out or --layout out-in"):
+            _options.find_layout("auto", tensors)
     else:
-        assert choices.find_layout("auto", tensors).name == layout
-    assert choices.find_layout("in-out", tensors).inputs == -2
+        assert _options.find_layout("auto", tensors).name == layout
+    assert _options.find_layout("in-out", tensors).inputs == -2
 
 
 def test_convolutions_of_pytorch_are_grouped_along_their_inputs(tmp_path):
@@ -532,7 +532,7 @@ def test_help_has_examples(capsys):
 # The peak of this process's own memory: `getrusage` counts that of the process it was forked from too.
 MEASURE = """
 import re, sys
-from prunax.cli import main
+from prunax.cli import _pruning, main  # the first loads JAX, which is not to be counted
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 before = peak()
 assert main(sys.argv[1:]) == 0

@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 import prunax
 from prunax import _counts, _masks, allocation, patterns, search, structured
 from prunax.search import _budgets
-from prunax.search._structures import words
+from prunax.search._structures import as_counts
 
 # A network whose loss is known by hand: every weight that goes costs its own price.
 PRICES = {"a": 0.0, "b": 1.0, "c": 5.0}
@@ -156,7 +156,7 @@ def test_leaves_without_a_say_are_left_out():
 
 
 def test_numbers_beyond_32_bits_travel_in_two_words():
-    assert [int(w[0]) for w in words(np.array([2**33 + 5]))] == [2, 5]
+    assert [int(w[0]) for w in as_counts(np.array([2**33 + 5]))] == [2, 5]
 
 
 def test_cost_in_bytes_and_operations():

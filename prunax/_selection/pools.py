@@ -24,14 +24,14 @@ from prunax._counts import (
     where,
 )
 from prunax._selection.keys import largest_key
-from prunax._selection.reading import Leaf, Score, count_before, describe, value_of, write_mask
+from prunax._selection.reading import Reader, Score, count_before, describe, value_of, write_mask
 from prunax._selection.search import Bracket, cut, of_leaves, pool_totals, search, settle, start
 
 __all__ = ["keep_largest"]
 
 Array = jax.Array
 Pools = tuple[tuple[int, ...], ...]  # indices of the leaves of each
-Leaves = tuple[Leaf, ...]
+Leaves = tuple[Reader, ...]
 Owner = tuple[int, ...]  # of each leaf, the pool it belongs to; ascending
 
 _SAMPLE = 4096  # scores a pool, at most, to take the first pivots from
@@ -211,7 +211,7 @@ def _sample_stride(leaves: Leaves, owner: Owner) -> list[int] | None:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _sample(leaf: Leaf, stride: int, score: Score) -> Array:
+def _sample(leaf: Reader, stride: int, score: Score) -> Array:
     keys = leaf.keys(leaf.reshape(score, (leaf.size,)))
     return keys[min(stride // 2, leaf.size // 2) :: stride]
 
@@ -259,12 +259,12 @@ def _tie_bracket(
     ties = subtract(bracket.upto, bracket.below)
     zeros = jax.tree.map(jnp.zeros_like, ties)
     ties = where(of_leaves(found, owner), zeros, ties)
-    share = _deal(ties, owner, subtract(target, below))
+    share = _share_ties(ties, owner, subtract(target, below))
     last = jnp.asarray(np.asarray([max(leaf.size, 1) - 1 for leaf in leaves], np.uint32))
     return threshold, share, start(tuple(range(len(leaves))), share, last, ties)
 
 
-def _deal(ties: Number, owner: Owner, wanted: Number) -> Number:
+def _share_ties(ties: Number, owner: Owner, wanted: Number) -> Number:
     """Gives the leaves of a pool, in order, as many of their ties as are still wanted."""
     if owner[-1] + 1 == len(owner):
         return minimum(ties, wanted)

@@ -45,7 +45,7 @@ def value_of(score: Score) -> Array:
     return score() if isinstance(score, Partial) else score
 
 
-class Leaf(NamedTuple):
+class Reader(NamedTuple):
     """What is static about one score array, and how to read it."""
 
     shape: tuple[int, ...]
@@ -102,7 +102,7 @@ class Leaf(NamedTuple):
         return shape, tuple(range(1, len(shape), 2))
 
 
-def describe(score: Score, dtype: np.dtype | None = None) -> Leaf:
+def describe(score: Score, dtype: np.dtype | None = None) -> Reader:
     """The static facts about a score array, to be ranked as `dtype` if given."""
     aval = jax.eval_shape(value_of, score)
     shape = tuple(aval.shape)
@@ -114,7 +114,7 @@ def describe(score: Score, dtype: np.dtype | None = None) -> Leaf:
     # Functions are elementwise. (What `eval_shape` gives has lost the sharding on meshes that are partly automatic.)
     operand = next((x for x in jax.tree.leaves(score) if jnp.shape(x) == shape), aval)
     sharding, shards = _meshes.sharding_of(operand), _meshes.shards(operand)
-    return Leaf(shape, dtype, sharding, shards, jax.device_count() == 1)
+    return Reader(shape, dtype, sharding, shards, jax.device_count() == 1)
 
 
 def lies_before(
@@ -167,7 +167,7 @@ def _one_of(score: Score) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def count_before(leaf: Leaf, score: Score, table: Array, row: np.ndarray) -> Number:
+def count_before(leaf: Reader, score: Score, table: Array, row: np.ndarray) -> Number:
     """For each pivot in the row, how many units of the leaf come before it.
 
     The row holds the pivots, and for ties the key that they cut. Whatever is read is tied to the row by a barrier: it
@@ -192,7 +192,7 @@ def count_before(leaf: Leaf, score: Score, table: Array, row: np.ndarray) -> Num
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def write_mask(leaf: Leaf, score: Score, table: Array, row: np.ndarray) -> Array:
+def write_mask(leaf: Reader, score: Score, table: Array, row: np.ndarray) -> Array:
     """Keeps keys before the threshold, and those equal to it at flat indices before the cut."""
     keys = leaf.keys(score)
     threshold, cut = _meshes.move_to(_row(table, row), _one_of(score))

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 
 from prunax import _meshes
 from prunax._selection.keys import largest_key
-from prunax._selection.reading import PIVOTS, Leaf, Score, count_hits, describe
+from prunax._selection.reading import PIVOTS, Reader, Score, count_hits, describe
 from prunax._selection.search import Bracket, cut, narrow, settle, start
 
 __all__ = ["keep_largest_along"]
@@ -60,7 +60,7 @@ def _rank_pairs(keys: Array, axis: int) -> Array:
     return jnp.sum((theirs < ours) | ((theirs == ours) & (j < i)), axis=axis + 1, dtype=jnp.uint32)
 
 
-def _search_slices(leaf: Leaf, scores: Score, axis: int, kept: Array) -> Array:
+def _search_slices(leaf: Reader, scores: Score, axis: int, kept: Array) -> Array:
     """Search for all thresholds at once, then for the cuts among ties.
 
     Slices are read along the minor axis, where a CPU counts an order of magnitude faster: the scores are transposed
@@ -139,10 +139,10 @@ def _position(shape: tuple[int, ...], zero: Array, sharding: NamedSharding | Non
     return outer * np.uint32(shape[-1]) + inner + zero
 
 
-def _split_minor(leaf: Leaf) -> tuple[tuple[int, ...], NamedSharding | None]:
+def _split_minor(leaf: Reader) -> tuple[tuple[int, ...], NamedSharding | None]:
     """A shape whose last axis lies on one device each, the one before it not, and its sharding.
 
-    Where the type does not tell how the minor axis is divided, a power of two up to 16 is assumed, as for `Leaf.grid`.
+    Where the type does not tell how the minor axis is divided, a power of two up to 16 is assumed, as in `Reader.grid`.
     """
     *lead, n = leaf.shape
     if leaf.local or leaf.sharding is not None:

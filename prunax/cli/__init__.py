@@ -47,16 +47,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             signal.signal(number, _end)
     args = _parser().parse_args(argv)
     # Imported here: whoever only asks for help does not wait for it, and an interrupt finds the handlers in place.
-    from prunax.cli import commands
-    from prunax.cli.output import in_flags, say, terminal
+    from prunax.cli import _commands
+    from prunax.cli._output import in_flags, say, terminal
     from prunax.export._checkpoints import open_checkpoint
 
     out, err = terminal(sys.stdout), terminal(sys.stderr)
     try:
-        commands.check(args)
+        _commands.check(args)
         with contextlib.ExitStack() as stack:
             sources = [stack.enter_context(open_checkpoint(file)) for file in args.files]
-            return getattr(commands, args.command)(args, *sources, out, err)
+            return getattr(_commands, args.command)(args, *sources, out, err)
     except KeyboardInterrupt:
         say(err, "prunax: interrupted, nothing was written")
         return INTERRUPTED
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _end(number: int, frame: object) -> None:
     """End the process at once, wherever it is: an exception could come in the midst of tidying up, or be swallowed."""
-    atomic = sys.modules.get("prunax.export.atomic")
+    atomic = sys.modules.get("prunax.export._atomic")
     if atomic is None or not hasattr(atomic, "abandon") or atomic.abandon():
         os.write(2, b"prunax: interrupted, nothing was written\n")
         os._exit(128 + number)

@@ -11,7 +11,7 @@ What each tensor of the container stands for is written in its metadata:
 ``format``         ``prunax``, where Hugging Face's loaders look for ``pt`` and refuse others.
 =================  ===================================================================================================
 
-A tensor has its array's name. Its encoding is ``plain``, or ``bits`` (see `prunax.export.encoding`), ``mask`` (one bit
+A tensor has its array's name. Its encoding is ``plain``, or ``bits`` (see `prunax.export._encoding`), ``mask`` (one bit
 an element) or ``bytes`` (a dtype that the container has no name for): these three are rows of U8.
 """
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from prunax.reports._tables import Table, Tabular
-from prunax.search._budgets import ways
+from prunax.search._budgets import starting_points
 from prunax.search._curves import (
     SPARSITIES,
     Sensitivity,
@@ -157,7 +157,8 @@ def max_sparsity(
         measured = measured or measure(losses, sparsities)
         limit = losses.dense + max_increase
         starts = {
-            name: _bisected(losses, way, limit) for name, way in ways(structures, measured).items()
+            name: _bisected(losses, way, limit)
+            for name, way in starting_points(structures, measured).items()
         }
         removed = {name: structures.removed(pruned) for name, pruned in starts.items()}
         start = starts[max(removed, key=lambda name: removed[name])]

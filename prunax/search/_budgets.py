@@ -131,7 +131,7 @@ def allocate(
     total += 0 if measured else len(structures.names) * len(sparsities)
     with losses.counting(total):
         measured = measured or measure(losses, sparsities)
-        starts = ways(structures, measured)
+        starts = starting_points(structures, measured)
         fitted = [way(sparsity) for way in starts.values()]
         found = losses(fitted)
         best = min(range(len(fitted)), key=lambda i: _rank(found[i]))
@@ -154,7 +154,9 @@ def allocate(
     )
 
 
-def ways(structures: Structures, measured: Sensitivity) -> dict[str, Callable[[float], np.ndarray]]:
+def starting_points(
+    structures: Structures, measured: Sensitivity
+) -> dict[str, Callable[[float], np.ndarray]]:
     """By name, ways to come from a sparsity to numbers of pruned units of that total."""
 
     def greedy(sparsity: float) -> np.ndarray:

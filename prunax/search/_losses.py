@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prunax import _counts, _progress, trees
-from prunax.search._structures import Structures, words
+from prunax.search._structures import Structures, as_counts
 
 __all__ = ["Losses"]
 
@@ -100,10 +100,10 @@ class Losses:
 
     def _measure(self, part: list[tuple[int, ...]]) -> np.ndarray:
         if self._batch_size == 1:
-            return np.asarray(self._compiled(*self._arguments, words(np.array(part[0]))))[None]
+            return np.asarray(self._compiled(*self._arguments, as_counts(np.array(part[0]))))[None]
         # The last ones again and again, so that no other number of rows is compiled.
         rows = np.array(part + part[-1:] * (self._batch_size - len(part)))
-        return np.asarray(self._compiled(*self._arguments, words(rows)))[: len(part)]
+        return np.asarray(self._compiled(*self._arguments, as_counts(rows)))[: len(part)]
 
     @contextlib.contextmanager
     def counting(self, total: int | None) -> Generator[None]:

@@ -106,7 +106,7 @@ class Structures:
         for name, k, most in zip(self.names, num_pruned, self.limits, strict=True):
             if not 0 <= k <= most:
                 raise ValueError(f"masks: {name!r} loses 0 to {most} units, got {k}.")
-        return self.build(self.scores, words(num_pruned))
+        return self.build(self.scores, as_counts(num_pruned))
 
     def nearest(self, structure: int, units: float) -> int:
         """The number of units nearest to the given that a structure may lose.
@@ -397,7 +397,7 @@ def unit_masks(groups: Sequence[AxisGroup], params: PyTree, kept: Sequence[Any])
     return _put(jax.tree.structure(params), found)
 
 
-def words(num_pruned: np.ndarray) -> _counts.Count:
+def as_counts(num_pruned: np.ndarray) -> _counts.Count:
     """Integers as two words, for numbers that 32 bits do not hold."""
     return _counts.number(num_pruned.astype(np.uint64), wide=True)
 

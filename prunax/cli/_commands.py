@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.console import Console
 
-from prunax.cli import choices, looking
-from prunax.cli.choices import Choice, UsageError
-from prunax.cli.output import printable, progress, say
+from prunax.cli import _inspection, _options
+from prunax.cli._options import Choice, UsageError
+from prunax.cli._output import printable, progress, say
 from prunax.export._atomic import write_text
 from prunax.export._checkpoints import OTHERS, Checkpoint, in_order, texts
 from prunax.export._saving import FILES, check_replaceable, open_writer
@@ -65,13 +65,13 @@ def check(args: argparse.Namespace) -> None:
 
 
 def inspect(args: argparse.Namespace, source: Checkpoint, out: Console, err: Console) -> int:
-    choice = choices.choose(list(source.tensors.values()), args)
+    choice = _options.choose(list(source.tensors.values()), args)
     with progress(err, "reading", len(source.tensors)) as step:
-        looked = list(looking.look(source, step))
-    facts, table = _facts(source, looked), _table(looked, choice)
+        inspected = list(_inspection.look(source, step))
+    facts, table = _facts(source, inspected), _table(inspected, choice)
     match args.format:
         case "json":
-            text = json.dumps(_document(source, looked, choice), indent=1)
+            text = json.dumps(_document(source, inspected, choice), indent=1)
         case "markdown":
             lines = "\n".join(f"- {fact}" for fact in facts)
             text = f"# {printable(source.path.name)}\n\n{lines}\n\n{table.markdown()}"
@@ -95,22 +95,22 @@ report = inspect
 
 
 def prune(args: argparse.Namespace, source: Checkpoint, out: Console, err: Console) -> int:
-    from prunax.cli import pruning
+    from prunax.cli import _pruning
 
     _refuse_masks(source)
-    choice = choices.choose(list(source.tensors.values()), args)
+    choice = _options.choose(list(source.tensors.values()), args)
     _list_whole(out, choice, everything=args.dry_run)
     if not choice.tensors:
         raise UsageError("no tensor is chosen. Name some with --select 'GLOB'.")
-    pattern, layout = choices.fit(choices.pattern(args.pattern), args.layout, choice.tensors)
-    allocation = choices.allocation(args.allocation)
-    request = pruning.Request(choice.tensors, pattern, args.sparsity, allocation)
-    masks = pruning.Masks(source, request)
+    pattern, layout = _options.fit(_options.pattern(args.pattern), args.layout, choice.tensors)
+    allocation = _options.allocation(args.allocation)
+    request = _pruning.Request(choice.tensors, pattern, args.sparsity, allocation)
+    masks = _pruning.Masks(source, request)
     weights, total = (
         sum(t.size for t in choice.tensors),
         sum(t.size for t in source.tensors.values()),
     )
-    what = choices.describe(pattern, layout, args.sparsity)
+    what = _options.describe(pattern, layout, args.sparsity)
     say(out, f"prunes    {what}; allocation: {args.allocation}")
     number = (
         f"{len(choice.tensors)} of {len(source.tensors)} tensors, {weights:,} of {total:,} numbers"
@@ -154,7 +154,7 @@ def diff(
     args: argparse.Namespace, first: Checkpoint, second: Checkpoint, out: Console, err: Console
 ) -> int:
     with progress(err, "comparing", len(first.tensors)) as step:
-        found = list(looking.compare(first, second, step))
+        found = list(_inspection.compare(first, second, step))
     differences = [d for d in found if d.what != "same"]
     if args.json:
         say(out, json.dumps([d._asdict() for d in differences], indent=1))
@@ -173,8 +173,8 @@ def diff(
 def _follow(args: argparse.Namespace, source: Checkpoint, choice: Choice, err: Console) -> int:
     if not choice.tensors:
         raise UsageError("no tensor is chosen. Name some with --select 'GLOB'.")
-    pattern, _ = choices.fit(choices.pattern(args.pattern), args.layout, choice.tensors)
-    problems = [looking.follows(source.read(t.name), pattern, t.name) for t in choice.tensors]
+    pattern, _ = _options.fit(_options.pattern(args.pattern), args.layout, choice.tensors)
+    problems = [_inspection.follows(source.read(t.name), pattern, t.name) for t in choice.tensors]
     broken = [problem for problem in problems if problem]
     for problem in broken:
         say(err, printable(problem))
@@ -229,19 +229,21 @@ class _Total(NamedTuple):
         return f"{self.weights:,}", f"{self.kept:,}", f"{self.sparsity:.2%}"
 
 
-def _total(looked: Sequence[looking.Looked]) -> _Total:
-    size = sum(x.tensor.size for x in looked)
-    return _Total(size, size - sum(x.zeros or 0 for x in looked))
+def _total(inspected: Sequence[_inspection.Inspected]) -> _Total:
+    size = sum(x.tensor.size for x in inspected)
+    return _Total(size, size - sum(x.zeros or 0 for x in inspected))
 
 
-def _prunable(looked: Sequence[looking.Looked], choice: Choice) -> list[looking.Looked]:
-    return [x for x in looked if x.tensor.name not in choice.whole]
+def _prunable(
+    inspected: Sequence[_inspection.Inspected], choice: Choice
+) -> list[_inspection.Inspected]:
+    return [x for x in inspected if x.tensor.name not in choice.whole]
 
 
-def _table(looked: Sequence[looking.Looked], choice: Choice) -> Table:
+def _table(inspected: Sequence[_inspection.Inspected], choice: Choice) -> Table:
     """Every tensor, and what they come to."""
     rows = []
-    for x in looked:
+    for x in inspected:
         weights, kept, sparsity = _total([x]).row()
         dense = not x.zeros and x.tensor.name in choice.whole
         shape = " x ".join(map(str, x.tensor.shape)) or "scalar"
@@ -252,30 +254,32 @@ def _table(looked: Sequence[looking.Looked], choice: Choice) -> Table:
         )
     footer = [
         (name, "", "", *_total(some).row(), "")
-        for name, some in (("prunable", _prunable(looked, choice)), ("all", looked))
+        for name, some in (("prunable", _prunable(inspected, choice)), ("all", inspected))
     ]
     columns = ("tensor", "shape", "dtype", "weights", "kept", "sparsity", "N:M")
     return Table(columns, rows, footer, text=3)
 
 
 def _document(
-    source: Checkpoint, looked: Sequence[looking.Looked], choice: Choice
+    source: Checkpoint, inspected: Sequence[_inspection.Inspected], choice: Choice
 ) -> dict[str, Any]:
     """The same as plain values."""
-    totals = {"prunable": _total(_prunable(looked, choice)), "total": _total(looked)}
+    totals = {"prunable": _total(_prunable(inspected, choice)), "total": _total(inspected)}
     return {
         "metadata": texts(source),
         "tied": source.tied,
-        "tensors": [x.to_dict() | {"whole": choice.whole.get(x.tensor.name, "")} for x in looked],
+        "tensors": [
+            x.to_dict() | {"whole": choice.whole.get(x.tensor.name, "")} for x in inspected
+        ],
         **{name: t._asdict() | {"sparsity": t.sparsity} for name, t in totals.items()},
     }
 
 
-def _facts(source: Checkpoint, looked: Sequence[looking.Looked]) -> list[str]:
-    size, zeros = sum(x.tensor.size for x in looked), sum(x.zeros or 0 for x in looked)
-    plain, compressed = looking.total_bytes(looked), sum(x.compressed for x in looked)
+def _facts(source: Checkpoint, inspected: Sequence[_inspection.Inspected]) -> list[str]:
+    size, zeros = sum(x.tensor.size for x in inspected), sum(x.zeros or 0 for x in inspected)
+    plain, compressed = _inspection.total_bytes(inspected), sum(x.compressed for x in inspected)
     return [
-        f"{len(looked)} tensors, {size:,} numbers, {zeros / max(size, 1):.2%} of them zero",
+        f"{len(inspected)} tensors, {size:,} numbers, {zeros / max(size, 1):.2%} of them zero",
         f"{source.nbytes:,} bytes on the disk; {plain:,} plain, {compressed:,} compressed "
         f"({compressed / max(plain, 1):.2f}x)",
         *(f"{printable(name)} is {printable(other)}" for name, other in source.tied.items()),
@@ -288,14 +292,14 @@ def _page(source: Checkpoint, choice: Choice, facts: Sequence[str], table: Table
     from prunax.reports import report_page
 
     params = {printable(t.name): source.read(t.name) for t in choice.tensors}
-    masks = {name: looking.zero(array) for name, array in params.items()}
+    masks = {name: _inspection.zero(array) for name, array in params.items()}
     for mask in masks.values():
         np.logical_not(mask, out=mask)
     sections = {"The checkpoint": "\n".join(facts), "Every tensor": table}
     return report_page(params, masks, title=printable(source.path.name), sections=sections)
 
 
-def _numbers(d: looking.Difference) -> tuple[str, ...]:
+def _numbers(d: _inspection.Difference) -> tuple[str, ...]:
     if d.what != "values":
         return ("",) * 6
     sparsity = f"{d.sparsities[0]:.2%} -> {d.sparsities[1]:.2%}"

@@ -14,7 +14,7 @@ __all__ = ["Cut"]
 
 Read = Callable[[], Iterable[np.ndarray]]
 
-_PIECE = 1 << 19  # elements looked at at once
+_PIECE = 1 << 19  # elements inspected at at once
 _BINS = 1 << 16
 
 

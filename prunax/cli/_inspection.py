@@ -9,13 +9,13 @@ import numpy as np
 from prunax.export import _encoding
 from prunax.export._checkpoints import Checkpoint, Tensor
 
-__all__ = ["Difference", "Looked"]
+__all__ = ["Difference", "Inspected"]
 
 _GROUPS = (2, 4, 8, 16)
 
 
-class Looked(NamedTuple):
-    """A tensor that has been looked at.
+class Inspected(NamedTuple):
+    """A tensor that has been inspected at.
 
     Attributes:
         tensor: Its name, shape and dtype.
@@ -70,12 +70,12 @@ class Difference(NamedTuple):
     pruned: int = 0
 
 
-def look(source: Checkpoint, step: Callable[[str], None]) -> Iterator[Looked]:
+def look(source: Checkpoint, step: Callable[[str], None]) -> Iterator[Inspected]:
     """Look at every tensor."""
     for tensor in source.tensors.values():
         step(tensor.name)
         if tensor.dtype_name not in _encoding.DTYPES:
-            yield Looked(tensor, None, (), 0)
+            yield Inspected(tensor, None, (), 0)
             continue
         array = source.read(tensor.name)
         where = zero(array)
@@ -84,7 +84,7 @@ def look(source: Checkpoint, step: Callable[[str], None]) -> Iterator[Looked]:
         if zeros and tensor.ndim >= 2 and "float" in tensor.dtype.name:
             nm = tuple(_groupings(np.logical_not(where, out=where)))
         size = _encoding.encoded_size(array)
-        yield Looked(tensor, zeros, nm, min(size, array.nbytes))
+        yield Inspected(tensor, zeros, nm, min(size, array.nbytes))
 
 
 def follows(array: np.ndarray, pattern: Any, name: str) -> str | None:
@@ -182,6 +182,6 @@ def _most_kept(kept: np.ndarray, axis: int, m: int) -> int:
     return int(kept.reshape(shape).sum(axis=axis + 1, dtype=np.uint8).max(initial=0))
 
 
-def total_bytes(looked: Sequence[Looked]) -> int:
+def total_bytes(inspected: Sequence[Inspected]) -> int:
     """Bytes of all tensors, uncompressed."""
-    return sum(math.prod(x.tensor.shape) * x.tensor.dtype.itemsize for x in looked)
+    return sum(math.prod(x.tensor.shape) * x.tensor.dtype.itemsize for x in inspected)

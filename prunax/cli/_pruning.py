@@ -11,14 +11,14 @@ from jax.tree_util import Partial
 
 from prunax import _masks as mask_trees
 from prunax import patterns
-from prunax.cli import ranking
-from prunax.cli.choices import UsageError
+from prunax.cli import _ranking
+from prunax.cli._options import UsageError
 from prunax.export import _encoding
 from prunax.export._checkpoints import Checkpoint, Tensor, in_order
 
 __all__ = ["Masks", "Request"]
 
-_PIECE = 1 << 20  # elements looked at at once
+_PIECE = 1 << 20  # elements inspected at at once
 _SLAB = 1 << 20  # elements ranked at once, where the pattern allows it
 _PAIRWISE = 16  # groups up to this length are ranked without compiling anything
 
@@ -59,7 +59,7 @@ class Masks:
             shapes, request.sparsity, allocation=request.allocation, pattern=request.pattern
         )
         self._pool_of = {i: p for p, pool in enumerate(self._plan.pools) for i in pool}
-        self._cuts: dict[int, ranking.Cut] = {}
+        self._cuts: dict[int, _ranking.Cut] = {}
         self._packed: dict[int, np.ndarray] = {}
         self.kept = 0
 
@@ -94,7 +94,7 @@ class Masks:
         if self._request.pattern == patterns.Unstructured() and self._plan.rescale is None:
             if pool not in self._cuts:
                 self._cuts[pool] = self._cut(pool, array)
-            mask, self._cuts[pool] = ranking.apply_cut(array, self._cuts[pool])
+            mask, self._cuts[pool] = _ranking.apply_cut(array, self._cuts[pool])
             return mask
         if self._request.pattern.compare_axis is not None:
             return self._mask_in_slabs(pool, array)
@@ -104,11 +104,11 @@ class Masks:
                 self._packed[i] = _encoding.pack_bits(mask)
         return _encoding.unpack_bits(self._packed.pop(index), array.shape)
 
-    def _cut(self, pool: int, array: np.ndarray) -> ranking.Cut:
+    def _cut(self, pool: int, array: np.ndarray) -> _ranking.Cut:
         members = self._plan.pools[pool]
-        dtype = ranking.common_dtype(self._request.chosen[i].dtype for i in members)
+        dtype = _ranking.common_dtype(self._request.chosen[i].dtype for i in members)
         read = (lambda: [array]) if len(members) == 1 else (lambda: map(self._read, members))
-        return ranking.find_cut(read, dtype, self._plan.budgets[pool])
+        return _ranking.find_cut(read, dtype, self._plan.budgets[pool])
 
     def _mask_in_slabs(self, pool: int, array: np.ndarray) -> np.ndarray:
         """Contests within slices do not meet, so that a slab of slices is ranked at a time."""
@@ -124,7 +124,7 @@ class Masks:
             )
             if isinstance(pattern, patterns.NM) and pattern.m <= _PAIRWISE:
                 budget = self._plan.budgets[pool]
-                mask[slab] = ranking.largest_in_groups(array[slab], inputs, pattern.m, budget)
+                mask[slab] = _ranking.largest_in_groups(array[slab], inputs, pattern.m, budget)
             else:
                 (mask[slab],) = self._select(pool, [array[slab]])
         return mask
