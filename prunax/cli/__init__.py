@@ -66,6 +66,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, MemoryError, ImportError) as error:
         say(err, f"prunax {args.command}: {in_flags(error)}")
         return FAILED
+    finally:
+        if (
+            argv is None
+        ):  # what is done is done: an interrupt while Python tidies up changes nothing
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
 
 
 def _end(number: int, frame: object) -> None:

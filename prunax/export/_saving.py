@@ -329,7 +329,8 @@ def shrink_checkpoint(
             has them in another: ``("model.layers.0.mlp.up_proj.weight", (1, 0))`` is stored transposed. Axes that the
             parameter has apart (heads and their features) may be one in the file. By default the names are the paths,
             with dots.
-        without: Beginnings of names that go as a whole, ``model.layers.3``. What is numbered after them moves up.
+        without: Beginnings of names that go as a whole, ``model.layers.3``: the blocks in `Shrunk.removed`, as the
+            checkpoint calls them. What is numbered after them moves up.
         config: Entries of ``config.json`` that change, ``{"intermediate_size": 1024}``.
         shard_size: As for `save_checkpoint`.
         overwrite: Whether a checkpoint that is there already may be replaced.
