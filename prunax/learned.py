@@ -242,7 +242,7 @@ def nm_logits(
         if mask is not None:
             units = pattern.pool(jnp.broadcast_to(mask, leaf.shape).astype(jnp.float32))
             groups = jnp.moveaxis(units, pattern.compare_axis, -1)
-            alike = jnp.einsum("...m,cm->...c", groups, _candidates(n, m))
+            alike = jnp.einsum("...m,cm->...c", groups, _candidates(n, m), precision="highest")
             logits += strength * (alike - jnp.mean(alike, axis=-1, keepdims=True))
         made.append(logits)
     return chosen.put(made, jax.tree.map(lambda _: jnp.zeros((), jnp.float32), params))
@@ -312,7 +312,11 @@ def nm_categorical(
             wide = leaf.astype(trees.wide_dtype(leaf.dtype))
             noisy = (wide + jax.random.gumbel(key, wide.shape, wide.dtype)) / temperature
             groups = jnp.einsum(
-                "...c,cm->...m", jax.nn.softmax(noisy), candidates.astype(wide.dtype)
+                # In TF32 or bfloat16 a group would no longer add up to n.
+                "...c,cm->...m",
+                jax.nn.softmax(noisy),
+                candidates.astype(wide.dtype),
+                precision="highest",
             ).astype(leaf.dtype)
         return _ungrouped(groups, pattern.axis)
 
