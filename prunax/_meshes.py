@@ -3,14 +3,15 @@
 The mesh is the array's own, never one that `jax.set_mesh` put around the call.
 """
 
+import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from prunax import trees
 
@@ -20,6 +21,7 @@ __all__ = [
     "gather",
     "kind",
     "move_to",
+    "own_mesh",
     "shard_like",
     "sharding_of",
     "shards",
@@ -113,6 +115,22 @@ def agree(flag: jax.Array) -> jax.Array:
 def kind(x: Any) -> tuple[Any, ...]:
     """What must be alike in types for arrays to be put together: the mesh, and the axes that they vary over."""
     return jax.typeof(x).sharding.mesh, varying_axes(x)
+
+
+@contextlib.contextmanager
+def own_mesh(*trees_: PyTree) -> Iterator[None]:
+    """Enter the explicit mesh that concrete arrays lie on, for functions of the user's that run op by op.
+
+    JAX differentiates some of those (`jax.nn.relu`) under a mesh context only. One that is there already stays, and so
+    does none where arrays are traced or lie on several meshes.
+    """
+    arrays = [x for x in jax.tree.leaves(trees_) if isinstance(x, jax.Array)]
+    meshes: set[Any] = set()
+    if not trees.is_traced(*arrays) and jax.sharding.get_abstract_mesh().empty:
+        found = [x.sharding.mesh for x in arrays if isinstance(x.sharding, NamedSharding)]
+        meshes = {mesh for mesh in found if AxisType.Explicit in mesh.axis_types}
+    with jax.set_mesh(meshes.pop()) if len(meshes) == 1 else contextlib.nullcontext():
+        yield
 
 
 def devices(x: Any) -> tuple[Any, ...]:

@@ -6,14 +6,14 @@ emptying a layer.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from prunax import _masks as mask_functions
+from prunax import _meshes, patterns, schedules, trees
 from prunax import allocation as allocations
-from prunax import patterns, schedules, trees
 from prunax import scores as score_functions
 
 __all__ = ["grasp", "iterative_masks", "snip", "synflow"]
@@ -41,7 +41,8 @@ def snip(loss_fn: Callable[..., jax.Array], params: PyTree, *args: Any) -> PyTre
         Lee et al., SNIP: Single-shot Network Pruning based on Connection Sensitivity, 2019, arXiv:1810.02340,
         equation 6 (the normalisation, which changes no ranking, left out).
     """
-    return score_functions.saliency(params, jax.grad(loss_fn)(params, *args))
+    with _meshes.own_mesh(params, args):
+        return score_functions.saliency(params, jax.grad(loss_fn)(params, *args))
 
 
 def grasp(loss_fn: Callable[..., jax.Array], params: PyTree, *args: Any) -> PyTree:
@@ -66,8 +67,9 @@ def grasp(loss_fn: Callable[..., jax.Array], params: PyTree, *args: Any) -> PyTr
         equation 8.
     """
     gradient = jax.grad(lambda p: loss_fn(p, *args))
-    _, product = jax.jvp(gradient, (params,), (gradient(params),))
-    return jax.tree.map(jnp.multiply, params, product)
+    with _meshes.own_mesh(params, args):
+        _, product = jax.jvp(gradient, (params,), (gradient(params),))
+        return jax.tree.map(jnp.multiply, params, product)
 
 
 def synflow(apply_fn: Callable[..., Any], params: PyTree, *args: Any) -> PyTree:
@@ -83,8 +85,9 @@ def synflow(apply_fn: Callable[..., Any], params: PyTree, *args: Any) -> PyTree:
             example is enough.
 
     Returns:
-        Scores of the params' structure and shapes, not negative. Flows of deep, wide networks can overflow float32;
-        non-finite scores are then refused by `compute_masks` as NaN or rank as infinity.
+        Scores of the params' structure and shapes, not negative. Where the flow of a deep, wide network overflows, all
+        params are scaled down by one factor first, the largest found that keeps it finite. Without biases and
+        normalisation that divides all scores by one number, and so changes no ranking. NaN where no factor does it.
 
     Examples:
         >>> import jax.numpy as jnp, prunax
@@ -107,7 +110,45 @@ def synflow(apply_fn: Callable[..., Any], params: PyTree, *args: Any) -> PyTree:
         return sum((jnp.sum(o) for o in jax.tree.leaves(outputs)), jnp.zeros(()))
 
     absolute = jax.tree.map(jnp.abs, params)
-    return score_functions.saliency(absolute, jax.grad(flow)(absolute))
+
+    def scale(carry: _Scaled) -> _Scaled:
+        scaled = jax.tree.map(lambda w: w * jnp.exp2(-carry.exponent).astype(w.dtype), absolute)
+        scores = score_functions.saliency(scaled, jax.grad(flow)(scaled))
+        finite = jnp.stack([jnp.all(jnp.isfinite(s)) for s in jax.tree.leaves(scores)]).all()
+        low = jnp.where(finite, carry.low, carry.exponent)
+        high = jnp.where(finite, carry.exponent, carry.high)
+        best = jax.tree.map(lambda new, old: jnp.where(finite, new, old), scores, carry.scores)
+        return _Scaled(carry.tries + 1, low, high, (low + high) / 2, best)
+
+    def goes_on(carry: _Scaled) -> jax.Array:
+        return (carry.tries < _TRIES) & (carry.high > 0)
+
+    with _meshes.own_mesh(params, args):
+        nothing = jax.tree.map(
+            lambda s: jnp.full_like(s, jnp.nan), score_functions.saliency(absolute, absolute)
+        )
+        low, high = jnp.zeros(()), jnp.full((), _MOST)
+        start = _Scaled(jnp.zeros((), jnp.int32), low, high, low, nothing)
+        if trees.is_traced(*jax.tree.leaves((params, args))):
+            start = _meshes.vary_like(start, params, args)
+            return jax.lax.while_loop(goes_on, scale, start).scores
+        while goes_on(start):
+            start = scale(start)
+        return start.scores
+
+
+_MOST = 64.0  # halvings of the params at most
+_TRIES = 13  # the last bisection settles a 64th of a halving
+
+
+class _Scaled(NamedTuple):
+    """Bisection for how often to halve the params: `low` times is too few, `high` times is enough."""
+
+    tries: jax.Array
+    low: jax.Array
+    high: jax.Array
+    exponent: jax.Array  # to be tried next
+    scores: PyTree  # of `high`
 
 
 def iterative_masks(
