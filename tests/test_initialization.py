@@ -116,3 +116,28 @@ def test_iterative_masks_are_nested_and_trainable(params):
 def test_bad_arguments_are_named(params, sparsity, rounds, message):
     with pytest.raises(ValueError, match=message):
         initialization.iterative_masks(lambda p: p, params, sparsity, rounds=rounds)
+
+
+def test_synflow_of_a_deep_network_ranks_as_in_exact_arithmetic():
+    keys = jax.random.split(jax.random.key(0), 40)
+    params = {f"{i:02}": jax.random.normal(key, (32, 32)) for i, key in enumerate(keys)}
+
+    def deep(params, x):
+        for kernel in params.values():
+            x = jax.nn.relu(x @ kernel)
+        return x
+
+    x = jnp.ones((1, 32))
+    assert not bool(jnp.isfinite(deep(jax.tree.map(jnp.abs, params), x)).any())
+    scores = initialization.synflow(deep, params, x)
+    jitted = jax.jit(lambda p: initialization.synflow(deep, p, x))(params)
+    exact = [np.abs(np.asarray(kernel, np.float64)) for kernel in params.values()]
+    forward, backward = [np.ones((1, 32))], [np.ones((1, 32))]
+    for kernel in exact:
+        forward.append(forward[-1] @ kernel)
+    for kernel in reversed(exact):
+        backward.insert(0, backward[0] @ kernel.T)
+    expected = np.stack([w * forward[i].T * backward[i + 1] for i, w in enumerate(exact)])
+    for got in (scores, jitted):
+        ratio = np.stack(list(got.values())) / expected
+        np.testing.assert_allclose(ratio, ratio[0, 0, 0], rtol=1e-4)

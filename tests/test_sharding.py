@@ -1,5 +1,7 @@
 """Masks and training of sharded params: the same bits as on one device, and sharded like the params."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,11 +11,17 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from processes import run_two
 
 import prunax
-from prunax import allocation, patterns, schedules
+from prunax import allocation, calibration, initialization, patterns, schedules, scores, transforms
 
 KINDS = [AxisType.Explicit, AxisType.Auto]
-SPECS = [PartitionSpec("x", "y"), PartitionSpec(None, "x"), PartitionSpec(("x", "y"), None)]
 VALUES = np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32)
+
+
+EXPLICIT, AUTO = KINDS
+HOST = {
+    "first": {"kernel": VALUES[:16], "bias": np.ones(32, np.float32)},
+    "last": {"kernel": 3 * VALUES.T[:, :16], "bias": np.ones(16, np.float32)},
+}
 
 
 def make(kind, spec):
@@ -22,26 +30,240 @@ def make(kind, spec):
     return mesh, {"kernel": kernel, "bias": jnp.ones(32)}
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=str)
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize(
-    "pattern",
-    [
-        patterns.Unstructured(),
-        patterns.NM(2, 4),
-        patterns.ConstantFanIn(),
-        patterns.Block((4, 4)),
-        patterns.Channel(),
-    ],
-    ids=str,
-)
-def test_every_pattern_keeps_bits_and_sharding(pattern, kind, spec):
-    mesh, params = make(kind, spec)
-    expected = prunax.compute_masks({"kernel": VALUES}, 0.5, pattern=pattern)["kernel"]
-    with jax.set_mesh(mesh):
-        mask = prunax.compute_masks(params, 0.5, pattern=pattern)["kernel"]
-    assert mask.sharding.is_equivalent_to(params["kernel"].sharding, 2)
-    assert np.array_equal(mask, expected)
+def lay(first, last):
+    """The params of HOST; of each layer the mesh's shape, axis names and kinds, devices, and the kernel's spec."""
+
+    def put(layer, shape, names, kinds, spec, devices=None):
+        mesh = jax.make_mesh(shape, names, axis_types=kinds, devices=devices)
+        specs = {"kernel": PartitionSpec(*spec), "bias": PartitionSpec()}
+        return {n: jax.device_put(layer[n], NamedSharding(mesh, specs[n])) for n in layer}
+
+    return {"first": put(HOST["first"], *first), "last": put(HOST["last"], *last)}
+
+
+def layouts():
+    both = [(4, 2), ("x", "y")]
+    flat = [(8,), ("z",)]
+    half = [(4,), ("z",)]
+    three = [(2, 2, 2), ("x", "y", "z"), (EXPLICIT,) * 3]
+    explicit, auto = [*both, (EXPLICIT,) * 2], [*both, (AUTO,) * 2]
+    partly = [*both, (AUTO, EXPLICIT)]
+    one, other = jax.devices()[:4], jax.devices()[4:]
+    return {
+        "explicit": lay([*explicit, ("x", "y")], [*explicit, (None, "y")]),
+        "auto": lay([*auto, ("x", "y")], [*auto, (None, "y")]),
+        "three axes": lay([*three, (("x", "y"),)], [*three, ("z",)]),
+        "partly auto": lay([*partly, ("x", "y")], [*partly, ("y", "x")]),
+        "replicated": lay([*explicit, ()], [*explicit, ("y", None)]),
+        "two meshes": lay([*explicit, ("x", "y")], [*flat, (EXPLICIT,), ("z",)]),
+        "two kinds": lay([*explicit, ("x", "y")], [*flat, (AUTO,), ("z",)]),
+        "apart": lay([*half, (EXPLICIT,), ("z",), one], [*half, (AUTO,), (None, "z"), other]),
+    }
+
+
+LAYOUTS = layouts()
+CONTEXTS = [(name, False) for name in LAYOUTS] + [("explicit", True), ("auto", True)]
+CHOICES = {
+    "uniform": {},
+    "global": {"allocation": allocation.global_ranking},
+    "lamp": {"allocation": allocation.lamp},
+    "fan-in": {"pattern": patterns.ConstantFanIn()},
+    "N:M": {"pattern": patterns.NM(2, 4)},
+    "block": {"pattern": patterns.Block((4, 2)), "allocation": allocation.global_ranking},
+    "channel": {"pattern": patterns.Channel()},
+    "threshold": {"sparsity": None, "threshold": 0.5},
+}
+
+
+def choose(params, options):
+    return prunax.compute_masks(params, **({"sparsity": 0.5} | options))
+
+
+def entered(params, inside):
+    """The context of the mesh of the params, or none."""
+    mesh = params["first"]["kernel"].sharding.mesh
+    return jax.set_mesh(mesh) if inside else contextlib.nullcontext()
+
+
+def same(got, expected):
+    return all(map(np.array_equal, jax.tree.leaves(got), jax.tree.leaves(expected)))
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """The masks of one device."""
+    return {name: choose(HOST, options) for name, options in CHOICES.items()}
+
+
+@pytest.mark.parametrize(("layout", "inside"), CONTEXTS, ids=str)
+def test_every_choice_keeps_bits_and_sharding(layout, inside, alone):
+    params = LAYOUTS[layout]
+    with entered(params, inside):
+        for name, options in CHOICES.items():
+            masks = choose(params, options)
+            assert same(masks, alone[name]), name
+            for layer in params:
+                kernel, mask = params[layer]["kernel"], masks[layer]["kernel"]
+                assert mask.sharding.is_equivalent_to(kernel.sharding, 2), name
+
+
+@pytest.mark.parametrize("layout", ["explicit", "partly auto", "two meshes", "two kinds"])
+def test_compiled_as_well(layout, alone):
+    def all_of_them(params):
+        return {name: choose(params, options) for name, options in CHOICES.items()}
+
+    masks = jax.jit(all_of_them)(LAYOUTS[layout])
+    for name in CHOICES:
+        assert same(masks[name], alone[name]), name
+    if layout == "explicit":
+        assert masks["channel"]["first"]["kernel"].sharding.spec == PartitionSpec("x", "y")
+
+
+def test_mapped_over_a_sharded_axis():
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(EXPLICIT, EXPLICIT))
+    stack = VALUES.reshape(8, 16, 16)
+    expected = np.stack([prunax.compute_masks({"kernel": v}, 0.5)["kernel"] for v in stack])
+    sharded = jax.device_put(stack, NamedSharding(mesh, PartitionSpec("x", None, "y")))
+    got = jax.vmap(lambda v: prunax.compute_masks({"kernel": v}, 0.5)["kernel"])(sharded)
+    assert np.array_equal(got, expected)
+
+
+KEY = jax.random.key(0)
+HALF = prunax.compute_masks(HOST, 0.5)
+POLYNOMIAL = schedules.polynomial(0.75, 0, 2, every=1)
+TRANSFORMS = {
+    "prune, packed": prunax.prune(
+        optax.adam(0.1), POLYNOMIAL, allocation=allocation.global_ranking, packed=True
+    ),
+    "prune, averaged": prunax.prune(
+        optax.sgd(0.1, momentum=0.9), POLYNOMIAL, score=scores.ema(scores.saliency, 0.5)
+    ),
+    "fixed_masks, packed": transforms.fixed_masks(optax.adam(0.1), HALF, packed=True),
+    "rigl": transforms.rigl(optax.adam(0.1), 0.5, key=KEY, every=1),
+    "sparse_evolutionary": transforms.sparse_evolutionary(optax.adam(0.1), 0.5, key=KEY, every=1),
+    "admm": transforms.admm(optax.adam(0.1), 0.5, penalty=0.1, end_step=2, every=1),
+    "proximal_l1": transforms.proximal_l1(optax.sgd(0.1), 0.3),
+    "proximal_group_lasso": transforms.proximal_group_lasso(optax.sgd(0.1), 1.0),
+}
+
+
+def train(tx, params, steps=3):
+    """Where weights are zero after some steps, in a compiled loop."""
+
+    def step(carry, _):
+        params, state = carry
+        grads = jax.tree.map(lambda w: 0.125 * w, params)
+        updates, state = tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), length=steps)
+    return jax.tree.map(lambda w: w == 0, params)
+
+
+@pytest.mark.relaxed_promotion
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transformations_need_no_mesh_context(name):
+    run = jax.jit(lambda params: train(TRANSFORMS[name], params))
+    expected = run(HOST)
+    assert any(map(np.any, jax.tree.leaves(expected)))
+    assert same(run(LAYOUTS["explicit"]), expected)
+
+
+def in_shard_map(function, check_vma):
+    """On two devices: the first layer's kernel is another on each, the rest is the same."""
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(AUTO,), devices=jax.devices()[:2])
+    each, all_alike = PartitionSpec("d"), PartitionSpec()
+    specs = {
+        "first": {"kernel": each, "bias": all_alike},
+        "last": {"kernel": all_alike, "bias": all_alike},
+    }
+    mapped = jax.shard_map(
+        function, mesh=mesh, in_specs=(specs,), out_specs=specs, check_vma=check_vma
+    )
+    return jax.jit(mapped)
+
+
+def halves():
+    return [
+        {**HOST, "first": {**HOST["first"], "kernel": half}}
+        for half in np.split(HOST["first"]["kernel"], 2)
+    ]
+
+
+def assert_halves(got, expected):
+    first = [e["first"]["kernel"] for e in expected]
+    assert np.array_equal(got["first"]["kernel"], np.concatenate(first))
+    if np.array_equal(expected[0]["last"]["kernel"], expected[1]["last"]["kernel"]):
+        assert np.array_equal(got["last"]["kernel"], expected[0]["last"]["kernel"])
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_every_choice_inside_shard_map(check_vma):
+    for name in ("uniform", "lamp", "fan-in", "N:M", "channel", "threshold"):
+        options = CHOICES[name]
+        if name == "lamp":  # ranks what differs between devices with what must not
+
+            def run(params, options=options):
+                return params | {"first": choose({"first": params["first"]}, options)["first"]}
+        else:
+
+            def run(params, options=options):
+                return choose(params, options)
+
+        got = in_shard_map(run, check_vma)(HOST)
+        assert_halves(got, [run(half) for half in halves()])
+
+
+@pytest.mark.relaxed_promotion
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transformations_inside_shard_map(name):
+    where = {"where": lambda path, leaf: path == "first/kernel"}
+    tx = {
+        "prune, packed": prunax.prune(optax.adam(0.1), POLYNOMIAL, packed=True),
+        "fixed_masks, packed": transforms.fixed_masks(
+            optax.adam(0.1),
+            jax.tree.map(lambda m: m[:8] if m.shape == (16, 32) else m, HALF),
+            packed=True,
+        ),
+        "rigl": transforms.rigl(
+            optax.adam(0.1), 0.5, key=KEY, every=1, allocation=allocation.uniform
+        ),
+        "admm": transforms.admm(optax.adam(0.1), 0.5, penalty=0.1, end_step=2, every=1, **where),
+    }.get(name, TRANSFORMS[name])
+    got = in_shard_map(lambda params: train(tx, params), True)(HOST)
+    assert_halves(got, [train(tx, half) for half in halves()])
+
+
+def network(params, x):
+    hidden = jax.nn.relu(x @ params["first"]["kernel"] + params["first"]["bias"][None])
+    return hidden @ params["last"]["kernel"] + params["last"]["bias"][None]
+
+
+@pytest.mark.parametrize("layout", ["explicit", "three axes"])
+def test_functions_of_the_model_need_no_mesh_context(layout):
+    x = jnp.asarray(VALUES[:8, :16])
+
+    def loss(params, x):
+        return jnp.mean(jnp.square(network(params, x) - x))
+
+    functions = {
+        "wanda": lambda p: calibration.wanda(network, p, [x], 0.5),
+        "sparsegpt": lambda p: calibration.sparsegpt(network, p, [x], 0.5),
+        "snip": lambda p: initialization.snip(loss, p, x),
+        "synflow": lambda p: initialization.synflow(network, p, x[:1]),
+        "random": lambda p: scores.random(p, key=KEY),
+        "straight_through": lambda p: jax.vjp(lambda p: prunax.straight_through(p, HALF), p)[1](p),
+        "summarize": lambda p: np.asarray(prunax.summarize(p, HALF).kept),
+    }
+    for name, function in functions.items():
+        got, expected = function(LAYOUTS[layout]), function(HOST)
+        for a, b in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
+            # Sums over devices round otherwise.
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5, err_msg=name)
+        if name in ("wanda", "sparsegpt"):
+            for part in got:
+                kernel = LAYOUTS[layout]["first"]["kernel"]
+                assert part["first"]["kernel"].sharding.is_equivalent_to(kernel.sharding, 2)
 
 
 @pytest.mark.parametrize(

@@ -263,11 +263,12 @@ def _prune(
     if given is not None:
         return Pruned(new, given)
     masks: list[jax.Array] = [trees.keep_all() for _ in layers.selection.indices]
+    pruned = jax.tree.leaves(new)
     for problem, mask in zip(layers.problems, solved, strict=True):
         if mask is not None:
             whole = masks[problem.leaf]
-            shape = layers.selection.leaves[problem.leaf].shape
-            whole = whole if whole.shape == shape else jnp.ones(shape, jnp.bool_)
+            leaf = pruned[layers.selection.indices[problem.leaf]]
+            whole = whole if whole.shape == leaf.shape else jnp.ones_like(leaf, dtype=jnp.bool_)
             masks[problem.leaf] = problem.write(whole, mask)
     everywhere = jax.tree.map(lambda _: trees.keep_all(), params)
     return Pruned(new, layers.selection.put(masks, everywhere))

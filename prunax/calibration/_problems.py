@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prunax import _jaxprs, trees
+from prunax import _jaxprs, _meshes, trees
 from prunax.calibration._experts import Experts
 from prunax.calibration.layouts import Layout, layout_of
 
@@ -250,22 +250,31 @@ def _pick(leaf: jax.Array, picks: Sequence[Any]) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=2)
 def _read(leaf: jax.Array, picks: Sequence[Any], way: _Way) -> jax.Array:
-    return way.matrices(_pick(leaf, picks))
+    # Methods see whole matrices, of one layer at a time: on explicit meshes every device gets them.
+    return way.matrices(_meshes.gather(_pick(_of_stack(leaf, picks), picks)))
+
+
+def _of_stack(leaf: jax.Array, picks: Sequence[Any]) -> jax.Array:
+    """Not divided along the axes to be indexed, in which explicit meshes allow no single slice."""
+    return _meshes.gather(leaf, range(len(picks)))
 
 
 @functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
 def _write(leaf: jax.Array, picks: Sequence[Any], matrices: jax.Array, way: _Way) -> jax.Array:
     dtype = trees.wide_dtype(leaf.dtype)
-    base = _pick(leaf, picks).astype(dtype)
+    stack = _of_stack(leaf, picks)
+    base = _meshes.gather(_pick(stack, picks)).astype(dtype)
     # The way takes elements from places; its transpose puts elements in those places, and zeros elsewhere.
     put = jax.linear_transpose(way.operand, base)
     weight = way.weight(matrices.astype(dtype))
     (values,), (covered,) = put(weight), put(jnp.ones_like(weight))
     base = jnp.where(covered > 0, values, base).astype(leaf.dtype)
     if not picks:
-        return base
+        return _meshes.shard_like(base, leaf)
     update = base.reshape((1,) * len(picks) + base.shape)
-    return jax.lax.dynamic_update_slice(leaf, update, (*picks, *(0 for _ in base.shape)))
+    update = _meshes.shard_like(update, stack)
+    new = jax.lax.dynamic_update_slice(stack, update, (*picks, *(0 for _ in base.shape)))
+    return _meshes.shard_like(new, leaf)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
