@@ -3,7 +3,7 @@
 JAX has no 64-bit integers by default and float32 holds integers to 2**24 only. A `Count` is two 32-bit words.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -128,6 +128,21 @@ def num_pruned(sparsity: Any, n: Any) -> Any:
     distance = where(less(ours, theirs), subtract(theirs, ours), subtract(ours, theirs))
     is_decimal = ~less(_count(jnp.full_like(m, _DECIMALS // 2)), distance)
     return where(is_decimal, _divided(_times(decimal, n)), _shifted(_times(m, n), shift))
+
+
+def nums_pruned(sparsities: Sequence[Any], sizes: Sequence[int]) -> list[Any]:
+    """Count the units that pools lose: `num_pruned` of each, all traced ones at once, which compiles much faster."""
+    budgets: list[Any] = [
+        None if trees.is_traced(s) else num_pruned(s, n)
+        for s, n in zip(sparsities, sizes, strict=True)
+    ]
+    traced = [p for p, budget in enumerate(budgets) if budget is None]
+    if traced:
+        together = jnp.stack([jnp.asarray(sparsities[p], jnp.float32) for p in traced])
+        numbers = num_pruned(together, [sizes[p] for p in traced])
+        for k, p in enumerate(traced):
+            budgets[p] = Count(numbers.high[k], numbers.low[k])
+    return budgets
 
 
 _DECIMALS = 10**6

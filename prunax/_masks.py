@@ -213,21 +213,20 @@ def plan(
         for path, shape in leaves
     ]
     pools, rescale = allocation(infos, sparsity)
-    members = tuple(pool.leaves for pool in pools)
+    members, sparsities = tuple(pool.leaves for pool in pools), [pool.sparsity for pool in pools]
     if pattern.compare_axis is None:
-        budgets = [pool.num_pruned for pool in pools]
         sizes = [sum(infos[i].num_units for i in pool) for pool in members]
-        return Plan(budgets, sizes, members, rescale)
+        return Plan(_counts.nums_pruned(sparsities, sizes), sizes, members, rescale)
     if rescale is not None or any(len(pool) != 1 for pool in members):
         raise ValueError(
             f"{pattern} compares weights within each slice of a leaf, so there is nothing to rank across leaves. "
             f"Use allocation.uniform, allocation.erdos_renyi or allocation.by_path with it."
         )
     sizes = [pattern.unit_shape(infos[i].shape)[pattern.compare_axis] for (i,) in members]
-    budgets = [
-        _slice_budget(pattern, pool.sparsity, n, infos[pool.leaves[0]].path)
-        for pool, n in zip(pools, sizes, strict=True)
-    ]
+    budgets = _counts.nums_pruned(sparsities, sizes)
+    if pattern.max_sparsity is not None:
+        paths = [infos[i].path for (i,) in members]
+        budgets = list(map(functools.partial(_at_most, pattern), budgets, sparsities, sizes, paths))
     return Plan(budgets, sizes, members, rescale)
 
 
@@ -294,10 +293,8 @@ def _has_nan(score: Score) -> jax.Array:
     return jnp.any(jnp.isnan(_selection.value_of(score)))
 
 
-def _slice_budget(pattern: patterns.Pattern, sparsity: Any, length: int, path: str) -> Any:
-    budget = _counts.num_pruned(sparsity, length)
-    if pattern.max_sparsity is None:
-        return budget
+def _at_most(pattern: patterns.Pattern, budget: Any, sparsity: Any, length: int, path: str) -> Any:
+    """The budget, or what the pattern prunes at most where that is traced; an error where it is not."""
     most = _counts.num_pruned(pattern.max_sparsity, length)
     if isinstance(budget, _counts.Count):
         return _counts.Count(budget.high, jnp.minimum(budget.low, jnp.uint32(most)))

@@ -5,7 +5,7 @@ The mesh is the array's own, never one that `jax.set_mesh` put around the call.
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import Any
 
 import jax
@@ -118,7 +118,7 @@ def kind(x: Any) -> tuple[Any, ...]:
 
 
 @contextlib.contextmanager
-def own_mesh(*trees_: PyTree) -> Iterator[None]:
+def own_mesh(*trees_: PyTree) -> Generator[None]:
     """Enter the explicit mesh that concrete arrays lie on, for functions of the user's that run op by op.
 
     JAX differentiates some of those (`jax.nn.relu`) under a mesh context only. One that is there already stays, and so

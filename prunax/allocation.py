@@ -1,8 +1,8 @@
 """Allocations: how an overall sparsity becomes pools of leaves with budgets.
 
 An allocation is a function ``allocation(leaves, sparsity) -> Allocation``. It sees what is static about each prunable
-leaf, and a sparsity that may be a number or traced, and says which leaves compete in one pool, how many units each
-pool loses, and whether scores are rescaled first. Any function with that signature will do.
+leaf, and a sparsity that may be a number or traced, and says which leaves compete in one pool, the sparsity of each
+pool, and whether scores are rescaled first. Any function with that signature will do.
 """
 
 import fnmatch
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prunax import _counts, _meshes, schedules, trees
+from prunax import _meshes, schedules, trees
 
 __all__ = [
     "Allocation",
@@ -49,17 +49,16 @@ class Pool(NamedTuple):
 
     Attributes:
         leaves: Indices into the leaves given to the allocation.
-        sparsity: Fraction of the pool's units to prune: a number, or a traced float32 scalar.
-        num_pruned: Units to prune, an int or a `prunax._counts.Count`.
+        sparsity: Fraction of the pool's units to prune: a number, or a traced float32 scalar. Of n units
+            ``round(sparsity * n)`` go, halves rounded to even.
     """
 
     leaves: tuple[int, ...]
     sparsity: Any
-    num_pruned: Any
 
 
 class Allocation(NamedTuple):
-    """Pools with budgets.
+    """Pools with sparsities.
 
     Attributes:
         pools: Disjoint pools. Leaves in none of them are kept whole.
@@ -72,7 +71,7 @@ class Allocation(NamedTuple):
 
 
 Allocator = Callable[[Sequence[Leaf], Any], Allocation]
-"""An allocation: from the prunable leaves and an overall sparsity, pools with budgets."""
+"""An allocation: from the prunable leaves and an overall sparsity, pools with sparsities."""
 
 
 def uniform(leaves: Sequence[Leaf], sparsity: chex.Numeric) -> Allocation:
@@ -83,15 +82,15 @@ def uniform(leaves: Sequence[Leaf], sparsity: chex.Numeric) -> Allocation:
         sparsity: Fraction in [0, 1], may be traced.
 
     Returns:
-        The pools, each losing ``round(sparsity * num_units)``.
+        One pool a leaf, each losing ``round(sparsity * num_units)`` units.
 
     Examples:
         >>> import prunax
         >>> leaf = prunax.allocation.Leaf("kernel", (10, 10), 100)
-        >>> prunax.allocation.uniform([leaf], 0.25).pools[0].num_pruned
-        25
+        >>> prunax.allocation.uniform([leaf], 0.25).pools
+        (Pool(leaves=(0,), sparsity=0.25),)
     """
-    return Allocation(_one_each(leaves, [sparsity] * len(leaves)))
+    return Allocation(_one_each([sparsity] * len(leaves)))
 
 
 def global_ranking(
@@ -166,8 +165,8 @@ def erdos_renyi(leaves: Sequence[Leaf], sparsity: chex.Numeric) -> Allocation:
     Examples:
         >>> import prunax
         >>> leaves = [prunax.allocation.Leaf("a", (10, 10), 100), prunax.allocation.Leaf("b", (100, 100), 10_000)]
-        >>> [pool.num_pruned for pool in prunax.allocation.erdos_renyi(leaves, 0.9).pools]
-        [8, 9082]
+        >>> [round(float(pool.sparsity), 4) for pool in prunax.allocation.erdos_renyi(leaves, 0.9).pools]
+        [0.0818, 0.9082]
 
     References:
         Evci et al., Rigging the Lottery, 2020, arXiv:1911.11134, section 3; Mocanu et al., Scalable Training of
@@ -197,7 +196,7 @@ def erdos_renyi(leaves: Sequence[Leaf], sparsity: chex.Numeric) -> Allocation:
     fits = scale * cast(raw[order]) <= 1
     scale = xp.where(xp.any(fits), scale[xp.argmax(fits)], cast(np.inf))
     density = xp.where(sparsity <= 0, cast(1.0), xp.minimum(scale * cast(raw), cast(1.0)))
-    return Allocation(_one_each(leaves, [1 - density[i] for i in range(len(leaves))]))
+    return Allocation(_one_each([1 - density[i] for i in range(len(leaves))]))
 
 
 def by_path(sparsities: Mapping[str, float]) -> Allocator:
@@ -249,13 +248,12 @@ class _ByPath:
                     f"by_path: {pattern!r} matches no prunable leaf. Prunable are: {known}. "
                     f"Correct the path, use a glob such as '*/kernel', or choose the leaf with `where`."
                 )
-        chosen, sparsities = [], []
+        pools = []
         for i, leaf in enumerate(leaves):
             own = [s for pattern, s in self.sparsities if _matches(leaf.path, pattern)]
             if own or sparsity is not None:
-                chosen.append((i,))
-                sparsities.append(own[0] if own else sparsity)
-        return Allocation(_pools(leaves, chosen, sparsities))
+                pools.append(Pool((i,), own[0] if own else sparsity))
+        return Allocation(tuple(pools))
 
 
 def check_allocation(function: str, allocation: object) -> None:
@@ -283,29 +281,12 @@ def _matches(path: str, pattern: str) -> bool:
     return path == pattern or fnmatch.fnmatchcase(path, pattern)
 
 
-def _pools(
-    leaves: Sequence[Leaf], members: Sequence[tuple[int, ...]], sparsities: Sequence[Any]
-) -> tuple[Pool, ...]:
-    sizes = [sum(leaves[i].num_units for i in pool) for pool in members]
-    budgets = [
-        None if trees.is_traced(s) else _counts.num_pruned(s, n)
-        for s, n in zip(sparsities, sizes, strict=True)
-    ]
-    traced = [p for p, budget in enumerate(budgets) if budget is None]
-    if traced:  # at once, which compiles much faster than one by one
-        together = jnp.stack([jnp.asarray(sparsities[p], jnp.float32) for p in traced])
-        numbers = _counts.num_pruned(together, [sizes[p] for p in traced])
-        for k, p in enumerate(traced):
-            budgets[p] = _counts.Count(numbers.high[k], numbers.low[k])
-    return tuple(map(Pool, members, sparsities, budgets))
-
-
 def _one_pool(leaves: Sequence[Leaf], sparsity: Any) -> tuple[Pool, ...]:
-    return _pools(leaves, [tuple(range(len(leaves)))], [sparsity])
+    return (Pool(tuple(range(len(leaves))), sparsity),)
 
 
-def _one_each(leaves: Sequence[Leaf], sparsities: Sequence[Any]) -> tuple[Pool, ...]:
-    return _pools(leaves, [(i,) for i in range(len(leaves))], sparsities)
+def _one_each(sparsities: Sequence[Any]) -> tuple[Pool, ...]:
+    return tuple(Pool((i,), sparsity) for i, sparsity in enumerate(sparsities))
 
 
 def _unit_rms(scores: jax.Array) -> jax.Array:

@@ -2,17 +2,17 @@
 
 A pattern pools the scores of one leaf into the scores of *units*, and expands the mask of the units back to the leaf.
 `compare_axis` says which units compete: None for all units of a pool (across leaves, as the allocation says), or an
-axis of the unit scores along which every slice is a contest of its own. A new pattern is a new frozen dataclass with
-these members.
+axis of the unit scores along which every slice is a contest of its own. A new pattern is a frozen dataclass of the
+class `Pattern` with two functions, `pool` and `expand`.
 
 prunax counts axes as Flax does: a kernel is ``(..., in, out)``, a convolution ``(height, width, in, out)``.
 """
 
+import functools
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -25,43 +25,65 @@ __all__ = ["NM", "Block", "Channel", "ConstantFanIn", "Pattern", "Unstructured"]
 Shape = tuple[int, ...]
 
 
-class Pattern(Protocol):
-    """What `prunax.compute_masks` asks of a pattern. All of it depends on static shapes only.
+class Pattern:
+    """Base of all patterns: `pool` and `expand` say everything, and the rest has defaults.
+
+    A pattern is a frozen dataclass, since it is static under `jit`. What it says depends on static shapes only.
 
     Attributes:
         compare_axis: None, or the axis of the unit scores along which units compete.
         max_sparsity: The most that the pattern prunes, and what it prunes where no sparsity is given; None for any.
+
+    Examples:
+        >>> import dataclasses, jax.numpy as jnp, prunax
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class Rows(prunax.patterns.Pattern):
+        ...     def pool(self, scores):
+        ...         return scores.mean(axis=-1)
+        ...     def expand(self, mask, shape):
+        ...         return jnp.broadcast_to(mask[..., None], shape)
+        >>> kernel = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+        >>> prunax.compute_masks({"kernel": kernel}, 0.5, pattern=Rows())["kernel"].tolist()
+        [[False, False], [True, True]]
     """
 
     @property
-    def compare_axis(self) -> int | None: ...
+    def compare_axis(self) -> int | None:
+        return None
 
     @property
-    def max_sparsity(self) -> float | None: ...
-
-    def check(self, shape: Shape) -> str | None:
-        """Say what keeps the pattern from fitting a leaf of this shape, or None."""
-        ...
-
-    def tile(self, ndim: int) -> Shape:
-        """Say for each axis of a leaf how many neighbours must lie on one device where the axis is sharded."""
-        ...
-
-    def unit_shape(self, shape: Shape) -> Shape:
-        """Shape of the unit scores of a leaf."""
-        ...
+    def max_sparsity(self) -> float | None:
+        return None
 
     def pool(self, scores: jax.Array) -> jax.Array:
         """Turn the scores of a leaf's weights into the scores of its units."""
-        ...
+        raise NotImplementedError
 
     def expand(self, mask: jax.Array, shape: Shape) -> jax.Array:
         """Turn a mask of units (True = kept) into a mask of weights, one that broadcasts to `shape` at least."""
-        ...
+        raise NotImplementedError
+
+    def check(self, shape: Shape) -> str | None:
+        """Say what keeps the pattern from fitting a leaf of this shape, or None."""
+        del shape
+        return None
+
+    def tile(self, ndim: int) -> Shape:
+        """Say for each axis of a leaf how many neighbours must lie on one device where the axis is sharded."""
+        return (1,) * ndim
+
+    def unit_shape(self, shape: Shape) -> Shape:
+        """Shape of the unit scores of a leaf."""
+        return _pooled_shape(self, shape)
+
+
+@functools.lru_cache(maxsize=4096)
+def _pooled_shape(pattern: Pattern, shape: Shape) -> Shape:
+    return jax.eval_shape(pattern.pool, jax.ShapeDtypeStruct(shape, jnp.float32)).shape
 
 
 @dataclass(frozen=True)
-class Unstructured:
+class Unstructured(Pattern):
     """Every weight on its own.
 
     Examples:
@@ -70,15 +92,6 @@ class Unstructured:
         {'kernel': Array([[ True, False],
                [False,  True]], dtype=bool)}
     """
-
-    compare_axis = None
-    max_sparsity = None
-
-    def check(self, shape: Shape) -> str | None:
-        return None
-
-    def tile(self, ndim: int) -> Shape:
-        return (1,) * ndim
 
     def unit_shape(self, shape: Shape) -> Shape:
         return shape
@@ -91,7 +104,7 @@ class Unstructured:
 
 
 @dataclass(frozen=True)
-class ConstantFanIn:
+class ConstantFanIn(Pattern):
     """The same number of weights kept for every output unit: every slice along the axis is a contest of its own.
 
     Attributes:
@@ -118,8 +131,6 @@ class ConstantFanIn:
 
     axis: int | tuple[int, ...] = -2
 
-    max_sparsity = None
-
     def __post_init__(self) -> None:
         if not isinstance(self.axis, int):
             object.__setattr__(self, "axis", tuple(self.axis))  # hashable, whatever was given
@@ -134,9 +145,6 @@ class ConstantFanIn:
 
     def check(self, shape: Shape) -> str | None:
         return _check_axes(self.axis, shape)
-
-    def tile(self, ndim: int) -> Shape:
-        return (1,) * ndim
 
     def unit_shape(self, shape: Shape) -> Shape:
         axes = self._axes(len(shape))
@@ -159,7 +167,7 @@ class ConstantFanIn:
 
 
 @dataclass(frozen=True)
-class NM:
+class NM(Pattern):
     """N:M sparsity: **keep** n of every m consecutive weights along the reduction axis.
 
     ``NM(2, 4)`` is what sparse tensor cores run. Beware of libraries in which "1:4" means one
@@ -230,7 +238,7 @@ class NM:
 
 
 @dataclass(frozen=True)
-class Block:
+class Block(Pattern):
     """Blocks of neighbouring weights, kept or removed whole. A block's score is the mean of its weights' scores.
 
     Attributes:
@@ -253,9 +261,6 @@ class Block:
 
     shape: tuple[int, int]
 
-    compare_axis = None
-    max_sparsity = None
-
     def __post_init__(self) -> None:
         if len(self.shape) != 2 or min(self.shape) < 1:
             raise ValueError(
@@ -272,10 +277,6 @@ class Block:
 
     def tile(self, ndim: int) -> Shape:
         return (1,) * (ndim - 2) + self.shape
-
-    def unit_shape(self, shape: Shape) -> Shape:
-        (h, w), (rows, columns) = self.shape, shape[-2:]
-        return (*shape[:-2], -(-rows // h), -(-columns // w))
 
     def pool(self, scores: jax.Array) -> jax.Array:
         window = (1,) * (scores.ndim - 2) + self.shape
@@ -306,7 +307,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Channel:
+class Channel(Pattern):
     """Whole slices of a leaf at one index of an axis: filters, channels, neurons.
 
     The score of a slice is the mean of its weights' scores.
@@ -331,17 +332,8 @@ class Channel:
 
     axis: int = -1
 
-    compare_axis = None
-    max_sparsity = None
-
     def check(self, shape: Shape) -> str | None:
         return _check_axes(self.axis, shape)
-
-    def tile(self, ndim: int) -> Shape:
-        return (1,) * ndim
-
-    def unit_shape(self, shape: Shape) -> Shape:
-        return (shape[self.axis],)
 
     def pool(self, scores: jax.Array) -> jax.Array:
         others = tuple(a for a in range(scores.ndim) if a != self.axis % scores.ndim)

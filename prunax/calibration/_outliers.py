@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prunax import _counts, trees
 from prunax import allocation as allocations
+from prunax import trees
 from prunax.calibration._scores import wanda_scores
 
 __all__ = ["outlier_allocation"]
@@ -111,8 +111,5 @@ class Outliers:
         room = min(sparsity, 1 - sparsity)
         shift *= min(1.0, room / max(np.abs(shift).max(), 1e-12))
         own = [float(np.clip(sparsity - s, 0, 1)) for s in shift]
-        pools = [
-            allocations.Pool((n,), s, _counts.num_pruned(s, leaf.num_units))
-            for n, (s, leaf) in enumerate(zip(own, leaves, strict=True))
-        ]
-        return allocations.Allocation(tuple(pools))
+        pools = tuple(allocations.Pool((n,), s) for n, s in enumerate(own))
+        return allocations.Allocation(pools)

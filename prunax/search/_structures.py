@@ -431,9 +431,10 @@ def _shared_out(
         units = [pattern.pool(_selection.value_of(s)) for s in scores]
     if rescale is not None:
         units = [rescale(u) for u in units]
-    kept = _selection.keep_largest(
-        units, [pool.leaves for pool in pools], [pool.num_pruned for pool in pools]
-    )
+    members = [pool.leaves for pool in pools]
+    totals = [sum(infos[i].num_units for i in pool) for pool in members]
+    budgets = _counts.nums_pruned([pool.sparsity for pool in pools], totals)
+    kept = _selection.keep_largest(units, members, budgets)
     return np.array([mask.size - int(jnp.count_nonzero(mask)) for mask in kept], np.int64)
 
 
