@@ -119,15 +119,6 @@ def test_compiled_as_well(layout, alone):
         assert masks["channel"]["first"]["kernel"].sharding.spec == PartitionSpec("x", "y")
 
 
-def test_mapped_over_a_sharded_axis():
-    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(EXPLICIT, EXPLICIT))
-    stack = VALUES.reshape(8, 16, 16)
-    expected = np.stack([prunax.compute_masks({"kernel": v}, 0.5)["kernel"] for v in stack])
-    sharded = jax.device_put(stack, NamedSharding(mesh, PartitionSpec("x", None, "y")))
-    got = jax.vmap(lambda v: prunax.compute_masks({"kernel": v}, 0.5)["kernel"])(sharded)
-    assert np.array_equal(got, expected)
-
-
 KEY = jax.random.key(0)
 HALF = prunax.compute_masks(HOST, 0.5)
 POLYNOMIAL = schedules.polynomial(0.75, 0, 2, every=1)
