@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,7 +33,7 @@ PyTree = Any
 def straight_through(
     params: PyTree,
     scores: PyTree,
-    sparsity: Any = None,
+    sparsity: chex.Numeric | None = None,
     *,
     allocation: allocations.Allocator = allocations.uniform,
     pattern: patterns.Pattern = patterns.Unstructured(),
