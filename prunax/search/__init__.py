@@ -6,7 +6,7 @@ pattern (`leaves`), a channel group (`channels`), a residual branch or block (`b
 (`experts`), or some of each (`together`); budgets count weights, bytes, operations or seconds.
 """
 
-from prunax.search._acceptance import Decision, Found, max_sparsity
+from prunax.search._acceptance import Accepted, Decision, max_sparsity
 from prunax.search._budgets import Allocated, allocate
 from prunax.search._costs import bytes_per_weight, flops_per_weight
 from prunax.search._curves import SPARSITIES, Sensitivity, sensitivity
@@ -15,9 +15,9 @@ from prunax.search._switches import branches, experts
 
 __all__ = [
     "SPARSITIES",
+    "Accepted",
     "Allocated",
     "Decision",
-    "Found",
     "Sensitivity",
     "Structures",
     "allocate",

@@ -20,7 +20,7 @@ from prunax.search._curves import (
 from prunax.search._losses import Losses, LossFn
 from prunax.search._structures import Structures, leaves
 
-__all__ = ["Decision", "Found", "max_sparsity"]
+__all__ = ["Accepted", "Decision", "max_sparsity"]
 
 PyTree = Any
 _BISECTIONS = 10  # a thousandth of the whole
@@ -47,7 +47,7 @@ class Decision(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Found(Tabular):
+class Accepted(Tabular):
     """The sparsest masks that a loss accepted. Prints as a table of decisions.
 
     Attributes:
@@ -101,7 +101,7 @@ def max_sparsity(
     last_step: float = 1 / 256,
     batch_size: int = 1,
     progress: bool = False,
-) -> Found:
+) -> Accepted:
     """Prune as much as the loss accepts, structure by structure.
 
     The start is the best of several allocations (the greedy one of `allocate`, uniform, Erdos-Renyi, LAMP, global
@@ -125,7 +125,7 @@ def max_sparsity(
         progress: Show a progress bar.
 
     Returns:
-        What was `Found`: masks whose loss is at most ``dense loss + max_increase``, and every decision.
+        What was accepted, `Accepted`: masks whose loss is at most ``dense loss + max_increase``, and every decision.
 
     Raises:
         ValueError: If max_increase is negative or not finite, a sparsity or step is out of range, the loss is no
@@ -164,7 +164,7 @@ def max_sparsity(
         start = starts[max(removed, key=lambda name: removed[name])]
         pruned, decisions = _search(losses, measured, start, limit, (first_step, last_step))
         loss = float(losses([pruned])[0])
-    return Found(
+    return Accepted(
         structures.masks(pruned),
         structures.sparsities(pruned),
         structures.removed(pruned),

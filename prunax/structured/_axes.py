@@ -294,7 +294,7 @@ def cut(axis: Axis, start: int, stop: int) -> Axis:
     return concatenation(pieces)
 
 
-def every(axis: Axis, start: int, stop: int, stride: int) -> Axis:
+def strided(axis: Axis, start: int, stop: int, stride: int) -> Axis:
     """Take every `stride`-th unit out of an axis: the even ones of rotary embeddings, say.
 
     Raises:

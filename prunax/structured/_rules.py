@@ -264,7 +264,7 @@ def _slice(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[Views]:
 
 def _range(walk: Walk, view: View, start: int, stop: int, stride: int = 1) -> View:
     try:
-        return View(_axes.every(view.axis, start, stop, stride), view.origins)
+        return View(_axes.strided(view.axis, start, stop, stride), view.origins)
     except Incompatible:
         why = "sliced elsewhere than between whole units"
         walk.freeze([view], why)

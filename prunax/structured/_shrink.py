@@ -233,15 +233,15 @@ def _cut(name: str, x: Any, leaf: Leaf, kept: Sequence[np.ndarray | None]) -> An
         return _take(x, kept)
     # Factored statistics lack one axis of the parameter.
     lacking = [i for i in range(len(leaf.shape)) if leaf.shape[:i] + leaf.shape[i + 1 :] == shape]
-    ways = [[*kept[:i], *kept[i + 1 :]] for i in lacking]
+    cuts = [[*kept[:i], *kept[i + 1 :]] for i in lacking]
     same = all(
-        all(map(np.array_equal, map(_or_empty, way), map(_or_empty, ways[0]))) for way in ways
+        all(map(np.array_equal, map(_or_empty, cut), map(_or_empty, cuts[0]))) for cut in cuts
     )
-    if ways and same:
-        return _take(x, ways[0])
+    if cuts and same:
+        return _take(x, cuts[0])
     raise ValueError(
         f"shrink: {name!r} has shape {shape}, where the parameter {leaf.path!r} has {leaf.shape}"
-        + (", and which axis it lacks cannot be told" if ways else "")
+        + (", and which axis it lacks cannot be told" if cuts else "")
         + ". Unpack packed masks first, or initialise this tree anew from the smaller parameters."
     )
 
