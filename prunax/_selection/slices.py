@@ -108,7 +108,7 @@ def _search_slices(leaf: Reader, scores: Score, axis: int, kept: Array) -> Array
     a_slice = jnp.max(keys, axis=axis)  # for its shape and sharding
     wide = np.dtype("uint64" if leaf.dtype.itemsize == 8 else "uint32")
     highest = jnp.full_like(a_slice, largest_key(leaf.dtype), dtype=wide)
-    target = jnp.full_like(a_slice, kept, dtype=jnp.uint32)
+    target = jnp.zeros_like(a_slice, dtype=jnp.uint32) + kept
     everything = jnp.full_like(target, n)
     found = search(target, start(None, target, highest, everything))
 
