@@ -12,7 +12,7 @@ from prunax import allocation as allocations
 from prunax import trees
 from prunax._counts import num_pruned
 from prunax._jaxprs import programs
-from prunax._jaxprs.kernels import kernels
+from prunax._jaxprs.choosing import kernels
 from prunax.structured import _cost as costs
 from prunax.structured._groups import AxisGroup, axis_groups, checked_units
 from prunax.structured._ranking import (
