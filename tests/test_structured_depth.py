@@ -85,8 +85,9 @@ def test_one_branch_of_a_block():
     np.testing.assert_array_equal(small.fn(small.params, X), jax.jit(plain)(silent, X))
     grads = jax.grad(lambda p: small.fn(p, X).sum())(small.params)
     whole = jax.grad(lambda p: plain(p, X).sum())(silent)
+    # Of gradients up to 6: JAX 0.12 compiles the two programs to sums of other orders.
     np.testing.assert_allclose(
-        grads["layers"][1]["mix"], whole["layers"][1]["mix"], rtol=1e-5, atol=1e-6
+        grads["layers"][1]["mix"], whole["layers"][1]["mix"], rtol=1e-5, atol=3e-5
     )
     with pytest.raises(ValueError, match="'layers/1/mlp/down' was left out"):
         small.fn(PLAIN, X)
