@@ -69,6 +69,11 @@ def move_to(x: jax.Array, other: Any) -> jax.Array:
     return jax.sharding.reshard(x, NamedSharding(theirs, PartitionSpec()))
 
 
+def zeros_like(x: jax.Array) -> jax.Array:
+    """Make zeros of an array's type; `jnp.zeros_like` of JAX 0.12 forgets the mesh where no axis is divided."""
+    return jnp.where(jnp.zeros(x.shape, jnp.bool_), x, jnp.zeros((), x.dtype))
+
+
 def gather(x: jax.Array, axes: Iterable[int] | None = None) -> jax.Array:
     """Gather an array along axes (all where left out) of which its type says that they are divided."""
     sharding, axes = sharding_of(x), set(range(x.ndim) if axes is None else axes)

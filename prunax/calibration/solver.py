@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.linalg import solve_triangular
 
-from prunax import _counts, _selection, patterns
+from prunax import _counts, _meshes, _selection, patterns
 
 __all__ = [
     "Factor",
@@ -280,7 +280,7 @@ def obs(
     starts = jnp.arange(blocks) * size
     _, (kept, mask) = jax.lax.scan(
         prune_block,
-        jnp.zeros_like(rows),
+        _meshes.zeros_like(rows),
         (
             rows.reshape(blocks, size, width),
             columns,
@@ -340,7 +340,7 @@ def _prune_panels(
             part = part - own[j][:, None] * error[None, :]
             return part, errors.at[j].set(error)
 
-        part, errors = jax.lax.fori_loop(0, panel, prune_input, (part, jnp.zeros_like(part)))
+        part, errors = jax.lax.fori_loop(0, panel, prune_input, (part, _meshes.zeros_like(part)))
         part = jnp.where(kept, part, 0)  # what the subtraction left is rounding
         return jax.lax.dynamic_update_slice_in_dim(lost, errors, start, 0), (part, kept)
 
@@ -348,7 +348,7 @@ def _prune_panels(
     columns = upper.reshape(size, count, panel).swapaxes(0, 1)
     parts = (rows.reshape(count, panel, width), columns, mask.reshape(count, panel, width))
     starts = jnp.arange(count) * panel
-    lost, (rows, mask) = jax.lax.scan(prune_panel, jnp.zeros_like(rows), (*parts, starts))
+    lost, (rows, mask) = jax.lax.scan(prune_panel, _meshes.zeros_like(rows), (*parts, starts))
     return rows.reshape(size, width), mask.reshape(size, width), lost
 
 
