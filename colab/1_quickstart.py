@@ -242,7 +242,7 @@ prunax.reports.plots.fronts(curves, dense=float(accuracy(dense)), ylabel="test a
 # ## A page to keep
 #
 # `report_page` writes all of this into one HTML file: sizes, pictures, and what `guard.screen_params` found, such as
-# units that have no weight left, which structural pruning (notebook 3) can remove altogether.
+# units that have no weight left, which structural pruning (notebook 4) can remove altogether.
 
 # %%
 for finding in prunax.reports.screen_params(sparse, state.masks):
@@ -261,7 +261,7 @@ print(f"{file.name}: {file.stat().st_size / 1000:.0f} kB")
 # %% [markdown]
 # ## Next
 #
-# - [2. Methods compared](2_methods.ipynb): other criteria, schedules, allocations, and training sparse from the start.
-# - [3. Smaller and faster](3_smaller_and_faster.ipynb): zeros alone save no time. This one shows what does.
-# - [4. A language model](4_language_model.ipynb): pruned in one shot, without training.
-# - [5. Robustness and lottery tickets](5_robustness_and_tickets.ipynb): what pruning does besides.
+# - [3. Methods compared](3_methods.ipynb): other criteria, schedules, allocations, and training sparse from the start.
+# - [4. Smaller and faster](4_smaller_and_faster.ipynb): zeros alone save no time. This one shows what does.
+# - [5. A language model](5_language_model.ipynb): pruned in one shot, without training.
+# - [7. Robustness and lottery tickets](7_robustness_and_tickets.ipynb): what pruning does besides.

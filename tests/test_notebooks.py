@@ -20,8 +20,8 @@ each = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem
 each_executed = pytest.mark.parametrize("script", EXECUTED, ids=lambda script: script.stem)
 
 
-def test_there_are_five():
-    assert [script.stem[0] for script in SCRIPTS] == list("12345")
+def test_they_are_numbered():
+    assert [script.stem[0] for script in SCRIPTS] == list("13457")
 
 
 def test_the_list_says_which_are_not_executed_yet():

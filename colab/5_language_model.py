@@ -12,9 +12,9 @@
 # ---
 
 # %% [markdown]
-# # 4. One-shot pruning of a language model
+# # 5. One-shot pruning of a language model
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/prunax/prunax/blob/main/colab/4_language_model.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/prunax/prunax/blob/main/colab/5_language_model.ipynb)
 #
 # Language models are pruned without training: there is neither time nor data for it. A few hundred lines of text have
 # to do. This notebook prunes SmolLM2-135M, a real model, by magnitude, by *Wanda* and by *SparseGPT*, and says what
@@ -276,5 +276,5 @@ for name, own in (
 #   free choice.
 # - `calibration.prune_layers` takes any method: `calibration.Refit(masks)` refits the kept weights for masks of any
 #   origin, `calibration.Alps()` chooses masks and weights together, slower and better.
-# - `export.save_params` stores the result at half the size (notebook 3).
+# - `export.save_params` stores the result at half the size (notebook 4).
 # - `python -m benchmarks.llm` compares them all, on more text.

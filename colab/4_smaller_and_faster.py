@@ -12,9 +12,9 @@
 # ---
 
 # %% [markdown]
-# # 3. Smaller and faster
+# # 4. Smaller and faster
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/prunax/prunax/blob/main/colab/3_smaller_and_faster.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/prunax/prunax/blob/main/colab/4_smaller_and_faster.ipynb)
 #
 # A zero costs a processor as much as any other number, and a file four bytes. To gain from pruning, the zeros have to
 # go: whole channels, so that the arrays shrink (*structural pruning*); or single weights and blocks, with the rest

@@ -12,9 +12,9 @@
 # ---
 
 # %% [markdown]
-# # 5. Robustness, generalisation and lottery tickets
+# # 7. Robustness, generalisation and lottery tickets
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/prunax/prunax/blob/main/colab/5_robustness_and_tickets.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/prunax/prunax/blob/main/colab/7_robustness_and_tickets.ipynb)
 #
 # Test accuracy is not all that pruning changes. Does a sparse network overfit less? Does it stand noise, blur and
 # attacks as well as the dense one? And could it have been trained sparse to begin with? Three experiments, with the

@@ -12,9 +12,9 @@
 # ---
 
 # %% [markdown]
-# # 2. Methods compared
+# # 3. Methods compared
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/prunax/prunax/blob/main/colab/2_methods.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/prunax/prunax/blob/main/colab/3_methods.ipynb)
 #
 # A way to prune is four independent choices: which weights matter (*criterion*), when to remove them (*schedule*),
 # how many from which layer (*allocation*), and whether removed ones may come back (*dynamic sparse training*). In
