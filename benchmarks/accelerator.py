@@ -104,7 +104,7 @@ QUICK = Sizes(
 )
 
 
-class Found(NamedTuple):
+class Outcome(NamedTuple):
     """What a row found.
 
     Attributes:
@@ -157,7 +157,7 @@ def weights(kind: str, rows: int, dtype: Any) -> PyTree:
     return {name: {"kernel": jnp.asarray(draw(s), dtype)} for name, s in shapes.items()}
 
 
-def exact_masks(dtype: str, sizes: Sizes) -> Found:
+def exact_masks(dtype: str, sizes: Sizes) -> Outcome:
     """Every pattern, uniform and global, on four kinds of numbers, beside the CPU's masks."""
     cpu = reference_device()
     exact = {}
@@ -173,10 +173,10 @@ def exact_masks(dtype: str, sizes: Sizes) -> Found:
         params = {"kernel": jnp.asarray(np.linspace(-1, 1, n)[None], DTYPES[dtype])}
         here = prunax.compute_masks(params, 0.5)
         exact[f"{n} weights"] = same(here, prunax.compute_masks(jax.device_put(params, cpu), 0.5))
-    return Found(exact, {})
+    return Outcome(exact, {})
 
 
-def exact_training(sizes: Sizes) -> Found:
+def exact_training(sizes: Sizes) -> Outcome:
     """Gradual pruning by the optax transform with gradients of zero, so that nothing but masks changes weights."""
     params = {name: weights("normal", sizes.exact, dtype)["a"] for name, dtype in DTYPES.items()}
     schedule = prunax.schedules.polynomial(0.9, 0, 20, every=2)
@@ -198,10 +198,10 @@ def exact_training(sizes: Sizes) -> Found:
         exact[f"final masks, {name}"] = same(here[-1], cpu[-1])
         equal = sum(map(same, here, cpu))
         figures[f"steps on the way equal to the CPU's, {name}"] = f"{equal} of {len(cpu)}"
-    return Found(exact, figures)
+    return Outcome(exact, figures)
 
 
-def time_masks(dtype: str, n: int, sizes: Sizes, memory: float) -> Found:
+def time_masks(dtype: str, n: int, sizes: Sizes, memory: float) -> Outcome:
     """A mask of n weights, beside other ways to one and beside what memory alone allows."""
     width = jnp.dtype(DTYPES[dtype]).itemsize
     if 4 * width * n > memory:
@@ -239,7 +239,7 @@ def time_masks(dtype: str, n: int, sizes: Sizes, memory: float) -> Found:
         # One read of the weights and one write of the masks is the least that any way to a mask takes.
         least = (width + 1) * n / bandwidth
         figures["share of the copy's bandwidth"] = least / seconds["prunax"]
-    return Found(exact, figures | failed)
+    return Outcome(exact, figures | failed)
 
 
 def _torch_rivals(w: jax.Array, k: int) -> dict[str, Callable[[], Any]]:
@@ -276,7 +276,7 @@ def _host_memory() -> float:
         return 4e9
 
 
-def train_step(network: overhead.Network, sizes: Sizes) -> Found:
+def train_step(network: overhead.Network, sizes: Sizes) -> Outcome:
     """A training step under masks beside a dense one."""
     adam = optax.adam(1e-3)
     run = functools.partial(overhead.Run, network=network, steps=sizes.steps)
@@ -289,7 +289,7 @@ def train_step(network: overhead.Network, sizes: Sizes) -> Found:
     result = overhead.compare(runs, sizes.repeats, lambda: None)
     exact = {}
     for name in ("bool", "packed"):
-        masks = prunax.transforms.unpack_masks(runs[name].state.masks, runs[name].params)
+        masks = prunax.get_masks(runs[name].state, runs[name].params)
         pruned = prunax.apply_masks(runs[name].params, masks)
         exact[f"pruned weights are zero, {name}"] = same(runs[name].params, pruned)
         right = [
@@ -297,7 +297,7 @@ def train_step(network: overhead.Network, sizes: Sizes) -> Found:
         ]
         exact[f"numbers kept, {name}"] = all(right)
     figures = {f"{name} ms": 1e3 * s / sizes.steps for name, s in result["seconds"].items()}
-    return Found(
+    return Outcome(
         exact, figures | {f"{n} / dense": r for n, r in result["ratio"].items() if n != "dense"}
     )
 
@@ -316,7 +316,7 @@ PACKED = {
 }
 
 
-def multiply_packed(name: str, dtype: str, sizes: Sizes) -> Found:
+def multiply_packed(name: str, dtype: str, sizes: Sizes) -> Outcome:
     """A packed weight beside the dense product, and what `fastest` says."""
     pattern, sparsity = PACKED[name]
     rng, side = np.random.default_rng(0), sizes.packed
@@ -337,10 +337,10 @@ def multiply_packed(name: str, dtype: str, sizes: Sizes) -> Found:
         figures |= {f"batch {batch}, {n} us": 1e6 * s for n, s in seconds.items()}
         kept = export.fastest(w, mask, x, pattern=pattern, repeats=sizes.repeats)
         figures[f"batch {batch}, fastest"] = "dense" if type(kept) is export.Dense else "packed"
-    return Found(exact, figures)
+    return Outcome(exact, figures)
 
 
-def shrink(model: Any, sizes: Sizes) -> Found:
+def shrink(model: Any, sizes: Sizes) -> Outcome:
     """A network at half its operations beside the dense one."""
     rng = np.random.default_rng(0)
     images = jnp.asarray(
@@ -367,14 +367,14 @@ def shrink(model: Any, sizes: Sizes) -> Found:
         figures |= {f"{name}, {n} ms": 1e3 * s for n, s in seconds.items()}
         figures[f"{name}, speed-up"] = speedup
         figures[f"{name}, speed-up / FLOP ratio"] = speedup * flops[1] / flops[0]
-    return Found({"outputs as on the CPU, to 1e-3": far < 1e-3}, figures)
+    return Outcome({"outputs as on the CPU, to 1e-3": far < 1e-3}, figures)
 
 
 def product(params: PyTree, x: jax.Array) -> jax.Array:
     return x @ params["kernel"]
 
 
-def calibrate_layer(sizes: Sizes) -> Found:
+def calibrate_layer(sizes: Sizes) -> Outcome:
     """One layer: its Gram matrix beside float64, and SparseGPT beside the CPU's."""
     rng, width = np.random.default_rng(0), sizes.llama.width
     mixed = rng.standard_normal((4 * width, width)) @ rng.standard_normal((width, width))
@@ -397,10 +397,10 @@ def calibrate_layer(sizes: Sizes) -> Found:
         "number kept": int(mask.sum()) == mask.size - round(0.5 * mask.size),
         "SparseGPT loses what it loses on the CPU, to 1%": abs(here / there - 1) < 0.01,
     }
-    return Found(exact, {"Gram matrix, error": far, "masks as on the CPU, share": agree})
+    return Outcome(exact, {"Gram matrix, error": far, "masks as on the CPU, share": agree})
 
 
-def calibrate_model(method: str, sizes: Sizes) -> Found:
+def calibrate_model(method: str, sizes: Sizes) -> Outcome:
     """A Llama with random weights, pruned by half."""
     model = smollm.Llama(sizes.llama)
     rng = np.random.default_rng(0)
@@ -417,10 +417,10 @@ def calibrate_model(method: str, sizes: Sizes) -> Found:
     kept = [m for m in jax.tree.leaves(masks) if m.ndim]
     half = all(abs(int(m.sum()) - m.size / 2) <= m.shape[-1] for m in kept)
     figures = {"with compilation s": seconds[0], "again s": seconds[1], "matrices": len(kept)}
-    return Found({"half of every matrix": half}, figures)
+    return Outcome({"half of every matrix": half}, figures)
 
 
-def run_tests() -> Found:
+def run_tests() -> Outcome:
     """The tests marked as independent of the device, in a process of their own."""
     for package in ("pytest", "hypothesis"):
         if not importlib.util.find_spec(package):
@@ -432,15 +432,15 @@ def run_tests() -> Found:
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=240)
     lines = (done.stdout or done.stderr).strip().splitlines() or ["no output"]
     failed = [line.partition(" - ")[0] for line in lines if line.startswith(("FAILED", "ERROR"))]
-    return Found(
+    return Outcome(
         {"all pass": done.returncode == 0}, {"pytest": lines[-1].strip("= "), "failed": failed}
     )
 
 
-def rows(sizes: Sizes, memory: float) -> dict[str, Callable[[], Found]]:
+def rows(sizes: Sizes, memory: float) -> dict[str, Callable[[], Outcome]]:
     """All rows by name, the most telling first. Those that take a CPU longest are left out of the small sizes."""
     bind, full = functools.partial, sizes is FULL
-    found: dict[str, Callable[[], Found]] = {}
+    found: dict[str, Callable[[], Outcome]] = {}
 
     def time_all(counts: Sequence[int]) -> None:
         for n in counts:
@@ -472,7 +472,7 @@ def rows(sizes: Sizes, memory: float) -> dict[str, Callable[[], Found]]:
 
 
 def run(
-    found: Mapping[str, Callable[[], Found]],
+    found: Mapping[str, Callable[[], Outcome]],
     file: Path,
     content: dict[str, Any],
     deadline: float,

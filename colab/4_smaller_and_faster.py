@@ -98,7 +98,7 @@ def apply(params, images):
 
 initial = Network().init(jax.random.key(0), test_images[:1])
 groups = structured.axis_groups(apply, initial, test_images[:1])
-print(structured.explain([group for group in groups if not group.frozen]))
+print(structured.explain_groups([group for group in groups if not group.frozen]))
 
 # %% [markdown]
 # Nobody told `axis_groups` how the network is built: it reads the function's jaxpr and finds which axes of which

@@ -33,7 +33,7 @@ def compute_masks(
     *,
     scores: PyTree | None = None,
     threshold: chex.Numeric | None = None,
-    allocation: allocations.Allocator = allocations.uniform,
+    allocation: allocations.Allocation = allocations.uniform,
     pattern: patterns.Pattern = patterns.Unstructured(),
     where: trees.Where = trees.is_kernel,
 ) -> Tree:
@@ -189,7 +189,7 @@ def plan(
     leaves: Sequence[tuple[str, tuple[int, ...]]],
     sparsity: chex.Numeric | None,
     *,
-    allocation: allocations.Allocator,
+    allocation: allocations.Allocation,
     pattern: patterns.Pattern,
 ) -> Plan:
     """Ask the allocation for pools and turn their sparsities into numbers of units.
@@ -207,7 +207,7 @@ def plan(
         ValueError: If the pattern compares along an axis and the allocation ranks across leaves.
     """
     if sparsity is None:
-        sparsity = pattern.max_sparsity
+        sparsity = pattern.implied_sparsity
     infos = [
         allocations.Leaf(path, shape, math.prod(pattern.unit_shape(shape)))
         for path, shape in leaves
@@ -224,7 +224,7 @@ def plan(
         )
     sizes = [pattern.unit_shape(infos[i].shape)[pattern.compare_axis] for (i,) in members]
     budgets = _counts.nums_pruned(sparsities, sizes)
-    if pattern.max_sparsity is not None:
+    if pattern.implied_sparsity is not None:
         paths = [infos[i].path for (i,) in members]
         budgets = list(map(functools.partial(_at_most, pattern), budgets, sparsities, sizes, paths))
     return Plan(budgets, sizes, members, rescale)
@@ -295,13 +295,13 @@ def _has_nan(score: Score) -> jax.Array:
 
 def _at_most(pattern: patterns.Pattern, budget: Any, sparsity: Any, length: int, path: str) -> Any:
     """The budget, or what the pattern prunes at most where that is traced; an error where it is not."""
-    most = _counts.num_pruned(pattern.max_sparsity, length)
+    most = _counts.num_pruned(pattern.implied_sparsity, length)
     if isinstance(budget, _counts.Count):
         return _counts.Count(budget.high, jnp.minimum(budget.low, jnp.uint32(most)))
     assert isinstance(most, int)
     if budget > most:
         raise ValueError(
-            f"{pattern} prunes at most {pattern.max_sparsity:g} of {path!r}, got sparsity {sparsity:g}. "
+            f"{pattern} prunes at most {pattern.implied_sparsity:g} of {path!r}, got sparsity {sparsity:g}. "
             f"Leave the sparsity out, or choose another pattern."
         )
     return budget
@@ -324,12 +324,12 @@ def _above_threshold(
 def _check_request(
     sparsity: chex.Numeric | None,
     threshold: chex.Numeric | None,
-    allocation: allocations.Allocator,
+    allocation: allocations.Allocation,
     pattern: patterns.Pattern,
 ) -> None:
     patterns.check_pattern("compute_masks", pattern)
     allocations.check_allocation("compute_masks", allocation)
-    fixed = pattern.max_sparsity is not None or not allocations.needs_sparsity(allocation)
+    fixed = pattern.implied_sparsity is not None or not allocations.needs_sparsity(allocation)
     if threshold is not None:
         if sparsity is not None:
             raise ValueError("compute_masks: got both sparsity and threshold. Pass one of them.")
@@ -438,38 +438,10 @@ def scored(
     return chosen.only(ranked), [score_leaves[n] for n in ranked]
 
 
-def check_masks(function: str, params: PyTree, masks: PyTree) -> list[Any]:
-    """Raise ValueError or TypeError, naming the leaf, unless the masks fit the params; return their leaves."""
-    mask_leaves = trees.leaves_like(function, "masks", masks, params)
-    leaves = jax.tree.leaves(params)
-    if _are_bools(leaves) and not _are_bools(mask_leaves):
-        raise TypeError(
-            f"{function}: the params are bool and the masks are not. The params come first: {function}(params, masks)."
-        )
-    for path, leaf, mask in zip(trees.paths(params), leaves, mask_leaves, strict=True):
-        dtype = np.dtype(bool) if isinstance(mask, bool) else getattr(mask, "dtype", type(mask))
-        if dtype != np.bool_:
-            raise TypeError(
-                f"{function}: the mask of {path!r} must be bool, got {dtype}. Unpack packed masks with "
-                f"prunax.transforms.unpack_masks; compare scores with a threshold to make a mask."
-            )
-        if np.shape(mask) not in ((), np.shape(leaf)):
-            raise ValueError(
-                f"{function}: the mask of {path!r} has shape {np.shape(mask)}, the leaf has {np.shape(leaf)}. "
-                f"A mask has its leaf's shape or is the scalar True."
-            )
-    return mask_leaves
-
-
-def _are_bools(leaves: Sequence[Any]) -> bool:
-    dtypes = {leaf.dtype for leaf in leaves if trees.is_array(leaf)}
-    return dtypes == {np.dtype(bool)}
-
-
 def _map_masked(
     function: str, mask_leaf: Callable[[Any, Any], Any], params: PyTree, masks: PyTree
 ) -> PyTree:
-    mask_leaves = check_masks(function, params, masks)
+    mask_leaves = trees.check_masks(function, params, masks)
     leaves, treedef = jax.tree.flatten(params)
     return treedef.unflatten(
         mask_leaf(leaf, mask) if _is_number(leaf) else leaf

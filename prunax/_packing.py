@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from prunax import _meshes
 
-__all__ = ["pack", "packed_shape", "unpack"]
+__all__ = ["pack_bits", "packed_shape", "unpack_bits"]
 
 Shape = tuple[int, ...]
 
@@ -37,7 +37,7 @@ def packed_shape(shape: Shape) -> Shape:
     return (*shape[:axis], -(-shape[axis] // 8), *shape[axis + 1 :])
 
 
-def pack(mask: jax.Array) -> jax.Array:
+def pack_bits(mask: jax.Array) -> jax.Array:
     """Pack a bool array into bytes.
 
     Args:
@@ -48,7 +48,7 @@ def pack(mask: jax.Array) -> jax.Array:
 
     Examples:
         >>> import jax.numpy as jnp, prunax
-        >>> prunax._packing.pack(jnp.array([[True], [False], [True]])).tolist()
+        >>> prunax._packing.pack_bits(jnp.array([[True], [False], [True]])).tolist()
         [[5]]
     """
     if not mask.shape:
@@ -68,11 +68,11 @@ def pack(mask: jax.Array) -> jax.Array:
     return jnp.sum(bits, axis=axis + 1, dtype=jnp.uint8)
 
 
-def unpack(packed: jax.Array, shape: Shape) -> jax.Array:
+def unpack_bits(packed: jax.Array, shape: Shape) -> jax.Array:
     """Unpack bytes into a bool array.
 
     Args:
-        packed: uint8 array from `pack`, or a 0-d bool array, which is returned as it is.
+        packed: uint8 array from `pack_bits`, or a 0-d bool array, which is returned as it is.
         shape: Shape of the bool array, static.
 
     Returns:
@@ -81,7 +81,7 @@ def unpack(packed: jax.Array, shape: Shape) -> jax.Array:
     Examples:
         >>> import jax.numpy as jnp, prunax
         >>> mask = jnp.array([[True], [False], [True]])
-        >>> bool((prunax._packing.unpack(prunax._packing.pack(mask), mask.shape) == mask).all())
+        >>> bool((prunax._packing.unpack_bits(prunax._packing.pack_bits(mask), mask.shape) == mask).all())
         True
     """
     if not packed.shape:

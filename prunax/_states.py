@@ -74,7 +74,7 @@ def get_masks(opt_state: Any, params: Tree) -> Tree:
                 f"get_masks: the mask of {path!r} in the state has shape {stored.shape}, expected {wanted} for a leaf "
                 f"of shape {shape}. Pass the params that the optimizer was initialised with."
             )
-        mask = _packing.unpack(stored, shape) if packed else stored
+        mask = _packing.unpack_bits(stored, shape) if packed else stored
         masks[place] = masks[place] & mask if place in masks else mask
     # A buffer for each scalar, so that the tree can be donated.
     result = treedef.unflatten(

@@ -1,6 +1,6 @@
 """Allocations: how an overall sparsity becomes pools of leaves with budgets.
 
-An allocation is a function ``allocation(leaves, sparsity) -> Allocation``. It sees what is static about each prunable
+An allocation is a function ``allocation(leaves, sparsity) -> Pools``. It sees what is static about each prunable
 leaf, and a sparsity that may be a number or traced, and says which leaves compete in one pool, the sparsity of each
 pool, and whether scores are rescaled first. Any function with that signature will do.
 """
@@ -19,9 +19,9 @@ from prunax import _meshes, schedules, trees
 
 __all__ = [
     "Allocation",
-    "Allocator",
     "Leaf",
     "Pool",
+    "Pools",
     "by_path",
     "erdos_renyi",
     "global_ranking",
@@ -57,8 +57,8 @@ class Pool(NamedTuple):
     sparsity: Any
 
 
-class Allocation(NamedTuple):
-    """Pools with sparsities.
+class Pools(NamedTuple):
+    """What an allocation makes of a sparsity.
 
     Attributes:
         pools: Disjoint pools. Leaves in none of them are kept whole.
@@ -70,11 +70,11 @@ class Allocation(NamedTuple):
     rescale: Callable[[jax.Array], jax.Array] | None = None
 
 
-Allocator = Callable[[Sequence[Leaf], Any], Allocation]
+Allocation = Callable[[Sequence[Leaf], Any], Pools]
 """An allocation: from the prunable leaves and an overall sparsity, pools with sparsities."""
 
 
-def uniform(leaves: Sequence[Leaf], sparsity: chex.Numeric) -> Allocation:
+def uniform(leaves: Sequence[Leaf], sparsity: chex.Numeric) -> Pools:
     """Give every leaf the same sparsity: one pool a leaf.
 
     Args:
@@ -90,12 +90,12 @@ def uniform(leaves: Sequence[Leaf], sparsity: chex.Numeric) -> Allocation:
         >>> prunax.allocation.uniform([leaf], 0.25).pools
         (Pool(leaves=(0,), sparsity=0.25),)
     """
-    return Allocation(_one_each([sparsity] * len(leaves)))
+    return Pools(_one_each([sparsity] * len(leaves)))
 
 
 def global_ranking(
     leaves: Sequence[Leaf], sparsity: chex.Numeric, *, normalize: bool = False
-) -> Allocation:
+) -> Pools:
     """Rank the units of all leaves together: one pool.
 
     Args:
@@ -117,10 +117,10 @@ def global_ranking(
     References:
         Blalock et al., What is the State of Neural Network Pruning?, 2020, arXiv:2003.03033: global magnitude.
     """
-    return Allocation(_one_pool(leaves, sparsity), _unit_rms if normalize else None)
+    return Pools(_one_pool(leaves, sparsity), _unit_rms if normalize else None)
 
 
-def lamp(leaves: Sequence[Leaf], sparsity: chex.Numeric) -> Allocation:
+def lamp(leaves: Sequence[Leaf], sparsity: chex.Numeric) -> Pools:
     r"""Layer-adaptive magnitude: rank all leaves together by LAMP scores.
 
     .. math:: \mathrm{lamp}(u) = \frac{w_u^2}{\sum_{v : |w_v| \ge |w_u|} w_v^2}
@@ -146,10 +146,10 @@ def lamp(leaves: Sequence[Leaf], sparsity: chex.Numeric) -> Allocation:
     References:
         Lee et al., Layer-adaptive Sparsity for the Magnitude-based Pruning, 2021, arXiv:2010.07611, equation 3.
     """
-    return Allocation(_one_pool(leaves, sparsity), _lamp_scores)
+    return Pools(_one_pool(leaves, sparsity), _lamp_scores)
 
 
-def erdos_renyi(leaves: Sequence[Leaf], sparsity: chex.Numeric) -> Allocation:
+def erdos_renyi(leaves: Sequence[Leaf], sparsity: chex.Numeric) -> Pools:
     r"""Erdos-Renyi-kernel: a leaf's density is proportional to the sum of its dimensions over their product.
 
     Small leaves stay denser than large ones. A leaf whose density would exceed 1 is kept whole and the others bear the
@@ -173,7 +173,7 @@ def erdos_renyi(leaves: Sequence[Leaf], sparsity: chex.Numeric) -> Allocation:
         Artificial Neural Networks with Adaptive Sparse Connectivity, 2018, arXiv:1707.04780, equation 3.
     """
     if not leaves:
-        return Allocation(())
+        return Pools(())
     if trees.is_traced(sparsity):
         sparsity = jnp.asarray(sparsity, jnp.float32)
     sizes = np.array([np.prod(leaf.shape, dtype=np.float64) for leaf in leaves])
@@ -196,10 +196,10 @@ def erdos_renyi(leaves: Sequence[Leaf], sparsity: chex.Numeric) -> Allocation:
     fits = scale * cast(raw[order]) <= 1
     scale = xp.where(xp.any(fits), scale[xp.argmax(fits)], cast(np.inf))
     density = xp.where(sparsity <= 0, cast(1.0), xp.minimum(scale * cast(raw), cast(1.0)))
-    return Allocation(_one_each([1 - density[i] for i in range(len(leaves))]))
+    return Pools(_one_each([1 - density[i] for i in range(len(leaves))]))
 
 
-def by_path(sparsities: Mapping[str, float]) -> Allocator:
+def by_path(sparsities: Mapping[str, float]) -> Allocation:
     """Give leaves their sparsities by name.
 
     The sparsities are constants: under a schedule, which moves the overall sparsity, a named leaf has its own from the
@@ -229,7 +229,7 @@ def by_path(sparsities: Mapping[str, float]) -> Allocator:
     return _ByPath(tuple(sparsities.items()))
 
 
-def needs_sparsity(allocation: Allocator) -> bool:
+def needs_sparsity(allocation: Allocation) -> bool:
     """Say whether an allocation asks for an overall sparsity: one with a false `needs_sparsity` does not."""
     return getattr(allocation, "needs_sparsity", True)
 
@@ -240,7 +240,7 @@ class _ByPath:
 
     needs_sparsity = False
 
-    def __call__(self, leaves: Sequence[Leaf], sparsity: chex.Numeric | None) -> Allocation:
+    def __call__(self, leaves: Sequence[Leaf], sparsity: chex.Numeric | None) -> Pools:
         for pattern, _ in self.sparsities:
             if not any(_matches(leaf.path, pattern) for leaf in leaves):
                 known = ", ".join(leaf.path for leaf in leaves)
@@ -253,7 +253,7 @@ class _ByPath:
             own = [s for pattern, s in self.sparsities if _matches(leaf.path, pattern)]
             if own or sparsity is not None:
                 pools.append(Pool((i,), own[0] if own else sparsity))
-        return Allocation(tuple(pools))
+        return Pools(tuple(pools))
 
 
 def check_allocation(function: str, allocation: object) -> None:

@@ -157,7 +157,7 @@ def iterative_masks(
     sparsity: float,
     *,
     rounds: int = 100,
-    allocation: allocations.Allocator = allocations.global_ranking,
+    allocation: allocations.Allocation = allocations.global_ranking,
     pattern: patterns.Pattern = patterns.Unstructured(),
     where: trees.Where = trees.is_kernel,
 ) -> PyTree:

@@ -35,7 +35,7 @@ def straight_through(
     scores: PyTree,
     sparsity: chex.Numeric | None = None,
     *,
-    allocation: allocations.Allocator = allocations.uniform,
+    allocation: allocations.Allocation = allocations.uniform,
     pattern: patterns.Pattern = patterns.Unstructured(),
     where: trees.Where = trees.is_kernel,
 ) -> PyTree:
@@ -234,7 +234,7 @@ def nm_logits(
     made = []
     kept = [None] * len(chosen.leaves)
     if masks is not None:
-        mask_functions.check_masks("learned.nm_logits", params, masks)
+        trees.check_masks("learned.nm_logits", params, masks)
         kept = chosen.take("learned.nm_logits", "masks", masks)
     for leaf, mask in zip(chosen.leaves, kept, strict=True):
         shape = list(leaf.shape)

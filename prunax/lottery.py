@@ -42,7 +42,7 @@ def iterative_magnitude_pruning(
     fraction: float = 0.2,
     resume: Ticket | None = None,
     score: score_functions.Score = score_functions.magnitude,
-    allocation: allocations.Allocator = allocations.uniform,
+    allocation: allocations.Allocation = allocations.uniform,
     pattern: patterns.Pattern = patterns.Unstructured(),
     where: trees.Where = trees.is_kernel,
 ) -> Iterator[Ticket]:
@@ -95,7 +95,7 @@ def _tickets(
     fraction: float,
     ticket: Ticket | None,
     score: score_functions.Score,
-    allocation: allocations.Allocator,
+    allocation: allocations.Allocation,
     pattern: patterns.Pattern,
     where: trees.Where,
 ) -> Iterator[Ticket]:

@@ -32,7 +32,7 @@ class Pattern:
 
     Attributes:
         compare_axis: None, or the axis of the unit scores along which units compete.
-        max_sparsity: The most that the pattern prunes, and what it prunes where no sparsity is given; None for any.
+        implied_sparsity: The most that the pattern prunes, and what it prunes where no sparsity is given; None for any.
 
     Examples:
         >>> import dataclasses, jax.numpy as jnp, prunax
@@ -52,7 +52,7 @@ class Pattern:
         return None
 
     @property
-    def max_sparsity(self) -> float | None:
+    def implied_sparsity(self) -> float | None:
         return None
 
     def pool(self, scores: jax.Array) -> jax.Array:
@@ -211,7 +211,7 @@ class NM(Pattern):
         return self.axis if self.axis < 0 else self.axis + 1
 
     @property
-    def max_sparsity(self) -> float:
+    def implied_sparsity(self) -> float:
         return 1 - self.n / self.m
 
     def check(self, shape: Shape) -> str | None:

@@ -112,7 +112,8 @@ def masked_l2(params: PyTree, masks: PyTree) -> jax.Array:
         float32 scalar.
 
     Raises:
-        ValueError: If the structures differ, naming the leaf.
+        ValueError: If the structures or shapes differ, naming the leaf.
+        TypeError: If a mask is not boolean, naming the leaf.
 
     Examples:
         >>> import jax.numpy as jnp, prunax
@@ -125,7 +126,7 @@ def masked_l2(params: PyTree, masks: PyTree) -> jax.Array:
         equation 9.
     """
     total = jnp.zeros((), jnp.float32)
-    mask_leaves = trees.leaves_like("masked_l2", "masks", masks, params)
+    mask_leaves = trees.check_masks("masked_l2", params, masks)
     for leaf, mask in zip(jax.tree.leaves(params), mask_leaves, strict=True):
         if trees.is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating):
             total += jnp.sum(jnp.where(mask, 0, _half_square(leaf)), dtype=jnp.float32)

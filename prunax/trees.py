@@ -255,6 +255,47 @@ def leaves_like(function: str, noun: str, tree: PyTree, params: PyTree) -> list[
     return [leaves[i] for i in _matched(function, noun, tree, params)]
 
 
+def check_masks(function: str, params: PyTree, masks: PyTree) -> list[Any]:
+    """Flatten a mask tree that must fit the params.
+
+    Args:
+        function: The public function that asks, named in the error.
+        params: Pytree of arrays.
+        masks: A mask tree of its structure.
+
+    Returns:
+        The masks, one for each leaf of the params and in their order.
+
+    Raises:
+        ValueError: Naming the leaf, if structures or shapes differ.
+        TypeError: Naming the leaf, if a mask is not boolean.
+    """
+    mask_leaves = leaves_like(function, "masks", masks, params)
+    leaves = jax.tree.leaves(params)
+    if _are_bools(leaves) and not _are_bools(mask_leaves):
+        raise TypeError(
+            f"{function}: the params are bool and the masks are not. The params come first: {function}(params, masks)."
+        )
+    for path, leaf, mask in zip(paths(params), leaves, mask_leaves, strict=True):
+        dtype = np.dtype(bool) if isinstance(mask, bool) else getattr(mask, "dtype", type(mask))
+        if dtype != np.bool_:
+            raise TypeError(
+                f"{function}: the mask of {path!r} must be bool, got {dtype}. Take packed masks out of an optimizer's "
+                f"state with prunax.get_masks; compare scores with a threshold to make a mask."
+            )
+        if np.shape(mask) not in ((), np.shape(leaf)):
+            raise ValueError(
+                f"{function}: the mask of {path!r} has shape {np.shape(mask)}, the leaf has {np.shape(leaf)}. "
+                f"A mask has its leaf's shape or is the scalar True."
+            )
+    return mask_leaves
+
+
+def _are_bools(leaves: Sequence[Any]) -> bool:
+    dtypes = {leaf.dtype for leaf in leaves if is_array(leaf)}
+    return dtypes == {np.dtype(bool)}
+
+
 def _matched(function: str, noun: str, tree: PyTree, params: PyTree) -> Sequence[int]:
     """Say for each leaf of the params which leaf of a tree is at its path."""
     if jax.tree.structure(tree) == jax.tree.structure(params):

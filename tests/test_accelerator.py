@@ -61,8 +61,8 @@ def test_what_a_row_raises_is_its_result(tmp_path):
         raise accelerator.Skipped("not here")
 
     found = {
-        "good": lambda: accelerator.Found({"so": True}, {"ms": 1.25}),
-        "wrong": lambda: accelerator.Found({"so": False}, {}),
+        "good": lambda: accelerator.Outcome({"so": True}, {"ms": 1.25}),
+        "wrong": lambda: accelerator.Outcome({"so": False}, {}),
         "broken": broken,
         "absent": absent,
     }

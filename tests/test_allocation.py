@@ -210,7 +210,7 @@ def test_by_path_without_a_sparsity_keeps_the_others_whole():
 def largest_only(leaves, sparsity):
     largest = max(range(len(leaves)), key=lambda i: leaves[i].num_units)
     pool = allocation.Pool((largest,), sparsity)
-    return allocation.Allocation((pool,))
+    return allocation.Pools((pool,))
 
 
 def test_an_allocation_is_any_function_of_four_lines():

@@ -164,7 +164,7 @@ def test_lookahead():
     tx = prunax.prune(inner, BACK_AND_FORTH, packed=True)
     history = run(tx, 8, params, lambda params: jax.grad(loss)(params.fast))
     for params, state in history:
-        masks = prunax.transforms.unpack_masks(jax.tree.map(jnp.asarray, state.masks), params)
+        masks = prunax.get_masks(jax.tree.map(jnp.asarray, state), params)
         assert jax.tree.structure(masks) == jax.tree.structure(params)
         for copy, mask in zip(params, masks, strict=True):
             assert (copy["body"]["kernel"][~mask["body"]["kernel"]] == 0).all()

@@ -510,8 +510,8 @@ def test_agrees_with_the_reference(shapes, dtype, pattern, name, given_scores, s
     rng = np.random.default_rng(seed)
     # One compiled selection serves all of these.
     for kind, sparsity in itertools.product(kinds, rng.choice(SPARSITIES, 3)):
-        if pattern.max_sparsity is not None:
-            sparsity = min(sparsity, pattern.max_sparsity)
+        if pattern.implied_sparsity is not None:
+            sparsity = min(sparsity, pattern.implied_sparsity)
         if name == "erdos_renyi" and not clear_of_halves(shapes, sparsity, pattern):
             continue
         values = {
@@ -713,7 +713,7 @@ def test_traced_vector_of_sparsities():
         (
             {"k": jnp.ones((1, 2), jnp.uint8), "b": True},
             TypeError,
-            r"'k' must be bool, got uint8.*unpack_masks",
+            r"'k' must be bool, got uint8.*get_masks",
         ),
         (
             {"k": jnp.ones((2, 1), jnp.bool_), "b": True},

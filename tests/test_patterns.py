@@ -193,7 +193,7 @@ def test_patterns_are_values():
     assert patterns.Block([2, 2]) == patterns.Block((2, 2))
     assert hash(patterns.ConstantFanIn([0, 1])) == hash(patterns.ConstantFanIn((0, 1)))
     assert patterns.NM(2, 4) == patterns.NM(n=2, m=4)
-    assert patterns.NM(2, 4).max_sparsity == 0.5
+    assert patterns.NM(2, 4).implied_sparsity == 0.5
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,17 @@ def test_every_public_name_has_one_address():
     assert len(addresses) > 100
 
 
+def test_every_public_name_has_one_meaning():
+    """A name at two addresses is one idea, on masks or scores, or as it is found and as it is searched."""
+    addresses: dict[str, list[str]] = {}
+    for name in EXPORTED:
+        addresses.setdefault(name.rpartition(".")[2], []).append(name)
+    assert {name: at for name, at in addresses.items() if len(at) > 1} == {
+        "straight_through": ["prunax.straight_through", "prunax.learned.straight_through"],
+        "branches": ["prunax.search.branches", "prunax.structured.branches"],
+    }
+
+
 def test_no_function_has_the_name_of_a_module():
     assert not FUNCTIONS.keys() & sys.modules.keys()
 

@@ -99,7 +99,7 @@ def test_masks_of_another_tree_are_named():
 def test_packed_masks_of_the_shape_of_the_leaf_are_not_counted_as_bool():
     # One row packs into one row of bytes: only the dtype tells.
     with pytest.raises(
-        TypeError, match=r"summarize: the mask of 'kernel' must be bool, got uint8.*unpack_masks"
+        TypeError, match=r"summarize: the mask of 'kernel' must be bool, got uint8.*get_masks"
     ):
         prunax.summarize({"kernel": jnp.ones((1, 4))}, {"kernel": jnp.ones((1, 4), jnp.uint8)})
 
@@ -138,7 +138,7 @@ def test_comparison_names_what_does_not_fit():
     a = {"kernel": jnp.ones((2, 3), bool)}
     with pytest.raises(ValueError, match=r"'kernel' have shapes \(2, 3\) and \(3, 2\)"):
         prunax.compare_masks(a, {"kernel": jnp.ones((3, 2), bool)})
-    with pytest.raises(TypeError, match=r"'kernel' must be bool, got uint8.*unpack_masks"):
+    with pytest.raises(TypeError, match=r"'kernel' must be bool, got uint8.*get_masks"):
         prunax.compare_masks(a, {"kernel": jnp.ones((2, 3), jnp.uint8)})
     with pytest.raises(ValueError, match=r"compare_masks: .*'kernel'"):
         prunax.compare_masks(a, {"other": jnp.ones((2, 3), bool)})

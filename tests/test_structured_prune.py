@@ -240,7 +240,7 @@ def test_what_depends_on_the_place_freezes(use, primitive):
 def test_explain_shows_places_and_reasons():
     network = zoo.gpt()
     groups = structured.axis_groups(network.fn, network.params, *network.args)
-    text = str(structured.explain(groups))
+    text = str(structured.explain_groups(groups))
     assert "16 + 4 u + 1 i[4]" in text  # the value heads within the fused projection
     assert "removal changes the rest" in text
     assert "frozen: an axis of the function's output" in text

@@ -61,17 +61,17 @@ def test_norms_of_units_with_many_copies():
 def test_lasso_weighs_each_unit_by_its_size(group):
     # 6 + 8 weights a unit.
     norms = structured.group_norms([group], NETWORK.params)[group]
-    lasso = structured.group_lasso([group], NETWORK.params)
+    lasso = structured.unit_lasso([group], NETWORK.params)
     np.testing.assert_allclose(lasso, 14**0.5 * norms.sum(), rtol=1e-6)
     # What is frozen cannot go, and costs nothing.
     frozen = [g for g in GROUPS if g.frozen]
     assert frozen
-    assert structured.group_lasso(frozen, NETWORK.params) == 0
+    assert structured.unit_lasso(frozen, NETWORK.params) == 0
 
 
 def test_gradients_are_finite_where_units_are_zero(group):
     params = jax.tree.map(jnp.zeros_like, NETWORK.params)
-    gradient = jax.jit(jax.grad(lambda p: structured.group_lasso(GROUPS, p)))(params)
+    gradient = jax.jit(jax.grad(lambda p: structured.unit_lasso(GROUPS, p)))(params)
     jax.tree.map(lambda g: np.testing.assert_array_equal(g, 0), gradient)
 
 
@@ -108,17 +108,17 @@ def test_soft_threshold_minimises_the_lasso_nearby(group):
 
     def objective(p):
         distance = sum(jnp.sum((p[k] - v) ** 2) for k, v in NETWORK.params.items())
-        return distance / 2 + tau * structured.group_lasso([group], p)
+        return distance / 2 + tau * structured.unit_lasso([group], p)
 
-    best = structured.soft_threshold([group], NETWORK.params, tau)
+    best = structured.soft_threshold_units([group], NETWORK.params, tau)
     gradient = jax.grad(objective)(best)
     jax.tree.map(lambda g: np.testing.assert_allclose(g, 0, atol=1e-5), gradient)
 
 
 def test_soft_threshold_at_zero_and_above_all():
-    same = structured.soft_threshold(GROUPS, NETWORK.params, 0.0)
+    same = structured.soft_threshold_units(GROUPS, NETWORK.params, 0.0)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), same, NETWORK.params)
-    none = structured.soft_threshold(GROUPS, NETWORK.params, 1e3)
+    none = structured.soft_threshold_units(GROUPS, NETWORK.params, 1e3)
     assert all(not np.any(none[k]) for k in ("w1", "w2", "w3"))
     np.testing.assert_array_equal(none["b1"], NETWORK.params["b1"])
 
@@ -128,7 +128,7 @@ def test_units_are_exactly_zero_in_every_dtype(group, dtype):
     params = jax.tree.map(lambda x: jnp.asarray(x, dtype), NETWORK.params)
     rms = structured.group_norms([group], params)[group] / 14**0.5
     tau = float(jnp.median(rms))
-    tx = structured.proximal_group_lasso(optax.sgd(0.0), [group], tau)
+    tx = structured.proximal_unit_lasso(optax.sgd(0.0), [group], tau)
     updates, state = jax.jit(tx.update)(
         jax.tree.map(jnp.ones_like, params), tx.init(params), params
     )
@@ -142,8 +142,8 @@ def test_units_are_exactly_zero_in_every_dtype(group, dtype):
 
 def test_proximal_group_lasso_refuses(group):
     with pytest.raises(ValueError, match="at least 0, got -1"):
-        structured.proximal_group_lasso(optax.sgd(0.1), [group], -1.0)
-    tx = structured.proximal_group_lasso(optax.sgd(0.1), [group], 0.1)
+        structured.proximal_unit_lasso(optax.sgd(0.1), [group], -1.0)
+    tx = structured.proximal_unit_lasso(optax.sgd(0.1), [group], 0.1)
     with pytest.raises(ValueError, match="needs the current parameters"):
         tx.update(NETWORK.params, tx.init(NETWORK.params))
 
@@ -209,7 +209,7 @@ def accuracy(fn, variables):
 @pytest.mark.relaxed_promotion
 def test_trained_to_zero_and_removed_without_a_trace():
     variables, groups = prepared()
-    tx = structured.proximal_group_lasso(optax.adam(5e-3), groups, 7e-4)
+    tx = structured.proximal_unit_lasso(optax.adam(5e-3), groups, 7e-4)
     variables = train(variables, tx)
     norms = structured.group_norms(groups, variables)
     zero = {g.name: int((n == 0).sum()) for g, n in norms.items()}

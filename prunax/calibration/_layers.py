@@ -56,7 +56,7 @@ def prune_layers(
     sparsity: float | None = None,
     *,
     pattern: patterns.Pattern | None = None,
-    allocation: allocations.Allocator = allocations.uniform,
+    allocation: allocations.Allocation = allocations.uniform,
     where: trees.Where | None = None,
     sequential: bool = True,
     donate: bool = False,
@@ -213,7 +213,7 @@ def _prune(
     sparsity: float | None,
     *,
     pattern: Any = None,
-    allocation: allocations.Allocator = allocations.uniform,
+    allocation: allocations.Allocation = allocations.uniform,
     where: trees.Where | None = None,
     sequential: bool = True,
     donate: bool = False,
@@ -401,7 +401,7 @@ def _sparsities(
 ) -> dict[int, Any]:
     """The sparsity of each leaf that the allocation prunes."""
     if sparsity is None:
-        sparsity = pattern.max_sparsity
+        sparsity = pattern.implied_sparsity
     infos = [allocations.Leaf(path, shape, math.prod(shape)) for path, shape in chosen.shapes]
     pools, rescale = allocation(infos, sparsity)
     if rescale is not None or any(len(pool.leaves) != 1 for pool in pools):
@@ -414,7 +414,7 @@ def _sparsities(
 
 def _masked(function: str, params: PyTree, masks: PyTree) -> frozenset[str]:
     """The paths of leaves that have masks of their own."""
-    own = mask_trees.check_masks(function, params, masks)
+    own = trees.check_masks(function, params, masks)
     leaves = zip(trees.paths(params), jax.tree.leaves(params), own, strict=True)
     chosen = frozenset(path for path, leaf, mask in leaves if trees.is_prunable(mask, leaf))
     if not chosen:
@@ -441,7 +441,7 @@ def _check_request(
         raise TypeError(f"{function}: the sparsity must be a number, got a traced value.")
     if sparsity is not None:
         schedules.check_sparsity(function, sparsity)
-    elif pattern.max_sparsity is None and allocations.needs_sparsity(allocation):
+    elif pattern.implied_sparsity is None and allocations.needs_sparsity(allocation):
         raise ValueError(
             f"{function}: needs a sparsity in [0, 1], or a pattern that fixes it (patterns.NM), or "
             f"allocation.by_path. Pass 0.5 to remove half of the weights."

@@ -98,7 +98,7 @@ class Outliers:
     shares: tuple[tuple[str, float], ...]
     spread: float
 
-    def __call__(self, leaves: Sequence[allocations.Leaf], sparsity: Any) -> allocations.Allocation:
+    def __call__(self, leaves: Sequence[allocations.Leaf], sparsity: Any) -> allocations.Pools:
         """Pools of one leaf each. Leaves without a share get the mean of the others."""
         known: Mapping[str, float] = dict(self.shares)
         mean = float(np.mean(list(known.values())))
@@ -112,4 +112,4 @@ class Outliers:
         shift *= min(1.0, room / max(np.abs(shift).max(), 1e-12))
         own = [float(np.clip(sparsity - s, 0, 1)) for s in shift]
         pools = tuple(allocations.Pool((n,), s) for n, s in enumerate(own))
-        return allocations.Allocation(pools)
+        return allocations.Pools(pools)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prunax import _masks as mask_trees
+from prunax import trees
 
 __all__ = ["to_bcoo"]
 
@@ -39,7 +40,7 @@ def to_bcoo(params: PyTree, masks: PyTree) -> PyTree:
         >>> sparse["kernel"].nse, (jnp.ones((1, 2)) @ sparse["kernel"]).tolist()
         (2, [[1.0, 4.0]])
     """
-    mask_leaves = mask_trees.check_masks("to_bcoo", params, masks)
+    mask_leaves = trees.check_masks("to_bcoo", params, masks)
     leaves, treedef = jax.tree.flatten(mask_trees.apply_masks(params, masks))
     return treedef.unflatten(
         _bcoo(leaf, np.asarray(mask)) if np.shape(mask) else leaf

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prunax import _masks as mask_trees
 from prunax import patterns, trees
 from prunax.export._container import FormatError
 from prunax.export._encoding import DTYPES
@@ -57,7 +56,7 @@ def save_masks(
         ...     prunax.export.load_masks(file, params)["dense"]["kernel"].tolist()
         [[False, False], [False, False], [True, True], [True, True]]
     """
-    mask_trees.check_masks("save_masks", masks, masks)
+    trees.check_masks("save_masks", masks, masks)
     if pattern is not None:
         verify_pattern(masks, pattern)
     metadata = {} if pattern is None else {"prunax.pattern": repr(pattern)}

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from prunax import _masks as mask_trees
 from prunax import patterns, trees
 
 __all__ = ["PatternReport", "verify_pattern"]
@@ -57,7 +56,7 @@ def verify_pattern(masks: PyTree, pattern: patterns.Pattern) -> PatternReport:
         ValueError: verify_pattern: 'kernel' does not follow NM(n=2, m=4, axis=-2): unit (0, 0) keeps 3 of its 4
         weights, and 2 are allowed. Make masks with compute_masks(..., pattern=NM(n=2, m=4, axis=-2)).
     """
-    leaves = mask_trees.check_masks("verify_pattern", masks, masks)
+    leaves = trees.check_masks("verify_pattern", masks, masks)
     named = [(path, m) for path, m in zip(trees.paths(masks), leaves, strict=True) if np.shape(m)]
     patterns.check_fit("verify_pattern", pattern, [(path, m.shape) for path, m in named])
     weights = kept = 0
@@ -86,12 +85,12 @@ def _violation(mask: Any, pattern: patterns.Pattern) -> str | None:
     units = np.asarray(pattern.pool(mask.astype(jnp.float32)) > 0)
     length = units.shape[pattern.compare_axis]
     counts = np.count_nonzero(units, axis=pattern.compare_axis)
-    if pattern.max_sparsity is None:
+    if pattern.implied_sparsity is None:
         allowed = counts.reshape(-1)[0]
         broken = counts != allowed
         rule = f"the first keeps {allowed}. Every unit keeps the same number"
     else:
-        allowed = length - round(pattern.max_sparsity * length)
+        allowed = length - round(pattern.implied_sparsity * length)
         broken = counts > allowed
         rule = f"{allowed} are allowed"
     if not broken.any():

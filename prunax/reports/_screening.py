@@ -120,7 +120,7 @@ def screen_params(
     kept_leaves = (
         [None] * len(jax.tree.leaves(params))
         if masks is None
-        else trees.leaves_like("screen_params", "masks", masks, params)
+        else trees.check_masks("screen_params", params, masks)
     )
     masked = dict(zip(trees.paths(params), kept_leaves, strict=True))
     kernels = set(trees.select(params, trees.is_kernel).paths)

@@ -246,12 +246,11 @@ def compare_masks(before: PyTree, after: PyTree) -> Comparison:
         >>> leaf.both, leaf.removed, leaf.added
         (1, 1, 1)
     """
-    names, ours = trees.paths(before), jax.tree.leaves(before)
+    names, ours = trees.paths(before), trees.check_masks("compare_masks", before, before)
+    trees.check_masks("compare_masks", after, after)
     theirs = trees.leaves_like("compare_masks", "masks after", after, before)
     rows = []
     for name, a, b in zip(names, ours, theirs, strict=True):
-        for mask in (a, b):
-            _check_bool("compare_masks", name, mask)
         shapes = [np.shape(mask) for mask in (a, b) if np.shape(mask)]
         if not shapes:
             continue
@@ -293,7 +292,7 @@ def summarize(params: PyTree, masks: PyTree | None = None) -> Summary:
     mask_leaves: list[Any] = [None] * len(leaves)
     if masks is not None:
         trees.check_params("summarize", params)
-        mask_leaves = trees.leaves_like("summarize", "masks", masks, params)
+        mask_leaves = trees.check_masks("summarize", params, masks)
     kernels = set(trees.select(params, trees.is_kernel).paths) if masks is None else set()
     rows = []
     for name, leaf, mask in zip(names, leaves, mask_leaves, strict=True):
@@ -301,22 +300,15 @@ def summarize(params: PyTree, masks: PyTree | None = None) -> Summary:
             continue
         size = int(np.prod(leaf.shape, dtype=np.int64))
         not_zero = 0
-        if mask is not None:
-            _check_bool("summarize", name, mask)
         if mask is None:
             prunable = name in kernels
             kept = _count(leaf) if prunable else size
         elif np.shape(mask) == ():
             # A leaf without axes has a 0-d mask in any case; it shows as prunable once it is pruned.
             prunable, kept = not leaf.shape and not mask, size if mask else 0
-        elif np.shape(mask) == leaf.shape:
+        else:
             prunable, kept = True, _count(mask)
             not_zero = _count(_left(leaf, mask))
-        else:
-            raise ValueError(
-                f"summarize: the mask of {name!r} has shape {np.shape(mask)}, the leaf has {leaf.shape}. "
-                f"A mask has its leaf's shape or is the scalar True."
-            )
         rows.append(
             LeafSummary(name, tuple(leaf.shape), str(leaf.dtype), size, kept, prunable, not_zero)
         )
@@ -326,15 +318,6 @@ def summarize(params: PyTree, masks: PyTree | None = None) -> Summary:
 @jax.jit
 def _left(leaf: jax.Array, mask: jax.Array) -> jax.Array:
     return ~mask & (leaf != jnp.zeros((), leaf.dtype))
-
-
-def _check_bool(function: str, path: str, mask: Any) -> None:
-    dtype = getattr(mask, "dtype", np.dtype(type(mask)))
-    if dtype != np.bool_:
-        raise TypeError(
-            f"{function}: the mask of {path!r} must be bool, got {dtype}. "
-            f"Unpack packed masks with prunax.transforms.unpack_masks."
-        )
 
 
 def _count(x: jax.Array) -> int:

@@ -183,7 +183,7 @@ def leaves(
     sizes = [
         info.num_units if axis is None else pattern.unit_shape(info.shape)[axis] for info in infos
     ]
-    most = pattern.max_sparsity
+    most = pattern.implied_sparsity
     limits = [size if most is None else _counts.num_pruned(most, size) for size in sizes]
     unit_costs = [
         _checked(cost(path, leaf) if cost else 1.0, path) * math.prod(leaf.shape) / size
@@ -373,7 +373,7 @@ def together(*structures: Structures) -> Structures:
 
 
 def shared_out_units(
-    allocation: allocations.Allocator, unit_scores: Mapping[AxisGroup, np.ndarray], sparsity: float
+    allocation: allocations.Allocation, unit_scores: Mapping[AxisGroup, np.ndarray], sparsity: float
 ) -> np.ndarray:
     left = numbers_left(unit_scores, min(max(sparsity, 0.0), 1.0), allocation)
     return np.array([group.size - count for group, count in left.items()], np.int64)
@@ -411,7 +411,7 @@ def _put(treedef: Any, own: Mapping[int, jax.Array]) -> PyTree:
 
 
 def _shared_out(
-    allocation: allocations.Allocator,
+    allocation: allocations.Allocation,
     infos: Sequence[allocations.Leaf],
     sizes: Sequence[int],
     scores: Sequence[Any],

@@ -10,17 +10,17 @@ from prunax.structured._cost import (
 )
 from prunax.structured._depth import prune_depth
 from prunax.structured._gating import apply_gates, gate_importance, gates
-from prunax.structured._groups import AxisGroup, Explanation, Member, axis_groups, explain
+from prunax.structured._groups import AxisGroup, Explanation, Member, axis_groups, explain_groups
 from prunax.structured._mixtures import expert_importance
 from prunax.structured._prune import Shrunk, prunable_groups, prune_channels
 from prunax.structured._ranking import group_scores
 from prunax.structured._rebuild import rebuild
 from prunax.structured._regularization import (
-    group_lasso,
     group_norms,
     growing_strengths,
-    proximal_group_lasso,
-    soft_threshold,
+    proximal_unit_lasso,
+    soft_threshold_units,
+    unit_lasso,
     weighted_l2,
 )
 from prunax.structured._residuals import Branch, branches
@@ -42,21 +42,21 @@ __all__ = [
     "count_flops",
     "count_parameters",
     "expert_importance",
-    "explain",
+    "explain_groups",
     "gate_importance",
     "gates",
-    "group_lasso",
     "group_norms",
     "group_scores",
     "growing_strengths",
     "latency",
-    "proximal_group_lasso",
+    "proximal_unit_lasso",
     "prunable_groups",
     "prune_channels",
     "prune_depth",
     "rebuild",
     "shrink",
     "shrink_function",
-    "soft_threshold",
+    "soft_threshold_units",
+    "unit_lasso",
     "weighted_l2",
 ]

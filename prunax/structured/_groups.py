@@ -15,12 +15,12 @@ from prunax.structured._axes import Axis, Frozen, Position
 from prunax.structured._rules import reading
 from prunax.structured._walk import Trace, Value, View, walk
 
-__all__ = ["AxisGroup", "Explanation", "Leaf", "Member", "axis_groups", "explain"]
+__all__ = ["AxisGroup", "Explanation", "Member", "Parameter", "axis_groups", "explain_groups"]
 
 PyTree = Any
 
 
-class Leaf(NamedTuple):
+class Parameter(NamedTuple):
     """A parameter array of the analysed function."""
 
     path: str
@@ -85,7 +85,7 @@ class AxisGroup:
     least: int = 1
     numbered: bool = False
     constants: tuple[Constant, ...] = field(default=(), repr=False, compare=False)
-    leaves: tuple[Leaf, ...] = field(default=(), repr=False, compare=False)
+    leaves: tuple[Parameter, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -100,7 +100,7 @@ class AxisGroup:
         return f"{first.path}[{first.axis}]{part}"
 
     def __str__(self) -> str:
-        return str(explain([self]))
+        return str(explain_groups([self]))
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ class Analysis(NamedTuple):
     """
 
     trace: Trace
-    leaves: tuple[Leaf, ...]
+    leaves: tuple[Parameter, ...]
     axes: tuple[tuple[Axis, ...], ...]
     roles: dict[tuple[int, int], set[str]]
     outputs: Any
@@ -202,7 +202,7 @@ def axis_groups(fn: Callable[..., Any], params: PyTree, *args: Any) -> tuple[Axi
     return groups_of(analysis)
 
 
-def explain(groups: Sequence[AxisGroup]) -> Explanation:
+def explain_groups(groups: Sequence[AxisGroup]) -> Explanation:
     """Show groups as a table.
 
     Args:
@@ -216,7 +216,7 @@ def explain(groups: Sequence[AxisGroup]) -> Explanation:
         >>> import jax.numpy as jnp, prunax
         >>> params = {"up": jnp.ones((4, 16)), "down": jnp.ones((16, 3))}
         >>> groups = prunax.structured.axis_groups(lambda p, x: x @ p["up"] @ p["down"], params, jnp.ones((2, 4)))
-        >>> "up[1]" in str(prunax.structured.explain(groups))
+        >>> "up[1]" in str(prunax.structured.explain_groups(groups))
         True
     """
     return Explanation(tuple(groups))
@@ -227,7 +227,7 @@ def analyse(fn: Callable[..., Any], params: PyTree, *args: Any) -> Analysis:
     jaxpr, out, arrays, shapes = programs.traced(fn, params, args)
     paths = trees.paths(params)
     known = tuple(
-        Leaf(paths[i], tuple(s.shape), s.dtype)
+        Parameter(paths[i], tuple(s.shape), s.dtype)
         for i, s in zip(arrays, shapes, strict=True)
         if i < len(paths)
     )
@@ -330,7 +330,7 @@ Keep = Mapping[AxisGroup, Any]
 
 
 def kept_positions(
-    function: str, keep: Keep, leaves: Sequence[Leaf]
+    function: str, keep: Keep, leaves: Sequence[Parameter]
 ) -> dict[str, list[np.ndarray | None]]:
     """For each parameter and each of its axes the indices that are left, None where all are.
 

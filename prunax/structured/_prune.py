@@ -62,7 +62,7 @@ def prune_channels(
     sparsity: float | None = None,
     scores: PyTree | None = None,
     threshold: float | None = None,
-    allocation: allocations.Allocator = allocations.uniform,
+    allocation: allocations.Allocation = allocations.uniform,
     round_to: int = 1,
     min_width: int = 1,
     where: trees.Where = trees.is_kernel,
@@ -85,7 +85,7 @@ def prune_channels(
             ``(units,)``, from `gate_importance` for instance; groups without an entry stay whole. |w| of the leaves
             that `where` selects when left out.
         threshold: In place of a sparsity: keep the units whose score is above it. 0.0 removes just the units that are
-            zero, as `proximal_group_lasso` leaves them, and the output stays what it is.
+            zero, as `proximal_unit_lasso` leaves them, and the output stays what it is.
         allocation: How the sparsity is shared out among groups, from `prunax.allocation`: `uniform` by default;
             `global_ranking` ranks the units of all groups, best as ``partial(global_ranking, normalize=True)``, since
             groups differ in their numbers of weights; `by_path` goes by `AxisGroup.name`, each kind of group at a
@@ -215,7 +215,7 @@ def _choose(
     unit_scores: Mapping[AxisGroup, np.ndarray],
     sparsity: float | None,
     threshold: float | None,
-    allocation: allocations.Allocator,
+    allocation: allocations.Allocation,
     limits: tuple[int, int],
     strict: bool,
 ) -> tuple[Kept, dict[AxisGroup, AxisGroup]]:

@@ -129,7 +129,7 @@ def _magnitudes(params: PyTree, where: trees.Where) -> PyTree:
 
 
 def numbers_left(
-    unit_scores: UnitScores, sparsity: float | None, allocation: allocations.Allocator
+    unit_scores: UnitScores, sparsity: float | None, allocation: allocations.Allocation
 ) -> dict[AxisGroup, int]:
     """How many units each group keeps when an allocation shares out a sparsity.
 

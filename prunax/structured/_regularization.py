@@ -1,7 +1,7 @@
 """Draw whole units of axis groups towards zero before they are removed.
 
 Norms and penalties are plain differentiable functions of the parameters, to be added to a loss. A gradient step brings
-units near zero. `proximal_group_lasso` lands them on exactly zero, and `prune_channels(..., threshold=0.0)` removes
+units near zero. `proximal_unit_lasso` lands them on exactly zero, and `prune_channels(..., threshold=0.0)` removes
 just those, the network's output unchanged.
 """
 
@@ -19,11 +19,11 @@ from prunax.structured._groups import AxisGroup, Keep, checked_units
 from prunax.transforms._proximal import proximal
 
 __all__ = [
-    "group_lasso",
     "group_norms",
     "growing_strengths",
-    "proximal_group_lasso",
-    "soft_threshold",
+    "proximal_unit_lasso",
+    "soft_threshold_units",
+    "unit_lasso",
     "weighted_l2",
 ]
 
@@ -60,7 +60,7 @@ def group_norms(
     return {group: _root(s) for group, s in _squares(groups, params, where).items()}
 
 
-def group_lasso(
+def unit_lasso(
     groups: Sequence[AxisGroup], params: PyTree, *, where: trees.Where = trees.is_kernel
 ) -> jax.Array:
     r"""Sum over units of the unit's norm times the root of its number of weights.
@@ -79,7 +79,7 @@ def group_lasso(
         >>> import jax.numpy as jnp, prunax
         >>> params = {"fc": jnp.array([[3.0, 0.0]]), "out": jnp.array([[4.0], [0.0]])}
         >>> groups = prunax.structured.axis_groups(lambda p, x: x @ p["fc"] @ p["out"], params, jnp.ones((2, 1)))
-        >>> round(float(prunax.structured.group_lasso(groups, params)), 4)
+        >>> round(float(prunax.structured.unit_lasso(groups, params)), 4)
         7.0711
 
     References:
@@ -167,7 +167,7 @@ def growing_strengths(
     return result
 
 
-def soft_threshold(
+def soft_threshold_units(
     groups: Sequence[AxisGroup],
     params: PyTree,
     threshold: chex.Numeric,
@@ -178,11 +178,11 @@ def soft_threshold(
 
     .. math:: w_u \leftarrow w_u \max\left(1 - \frac{\tau \sqrt{|u|}}{\lVert w_u \rVert_2}, 0\right)
 
-    For groups that have no weight in common this is the proximal operator of `group_lasso`. A weight that lies in units
+    For groups that have no weight in common this is the proximal operator of `unit_lasso`. A weight that lies in units
     of two groups, an output of one and an input of the other, is scaled by both factors.
 
     Args:
-        groups: As for `group_lasso`.
+        groups: As for `unit_lasso`.
         params: The parameters that they were found in.
         threshold: tau, in units of weights: a unit whose root mean square is at most this becomes zero. May be traced.
         where: As for `group_norms`.
@@ -194,7 +194,7 @@ def soft_threshold(
         >>> import jax.numpy as jnp, prunax
         >>> params = {"fc": jnp.array([[1.0, 0.1]]), "out": jnp.array([[1.0], [0.1]])}
         >>> groups = prunax.structured.axis_groups(lambda p, x: x @ p["fc"] @ p["out"], params, jnp.ones((2, 1)))
-        >>> prunax.structured.soft_threshold(groups, params, 0.5)["fc"].tolist()
+        >>> prunax.structured.soft_threshold_units(groups, params, 0.5)["fc"].tolist()
         [[0.5, 0.0]]
 
     References:
@@ -217,7 +217,7 @@ def soft_threshold(
     return chosen.put([leaves[path] for path in chosen.paths], params)
 
 
-def proximal_group_lasso(
+def proximal_unit_lasso(
     inner: optax.GradientTransformation,
     groups: Sequence[AxisGroup],
     threshold: float | Callable[[jax.Array], Any],
@@ -226,12 +226,12 @@ def proximal_group_lasso(
 ) -> optax.GradientTransformationExtraArgs:
     """Scale whole units down after each update of the inner optimizer, small ones to zero.
 
-    `soft_threshold` as an optax transformation. `prunax.transforms.proximal_group_lasso` does so for the channels of
-    each leaf alone; here a unit is zero in every leaf at once, and can be removed.
+    `soft_threshold_units` as an optax transformation. `prunax.transforms.proximal_group_lasso` does so for the channels
+    of each leaf alone; here a unit is zero in every leaf at once, and can be removed.
 
     Args:
         inner: Any optax transformation.
-        groups: As for `group_lasso`: mostly ``prunable_groups(groups, params)``.
+        groups: As for `unit_lasso`: mostly ``prunable_groups(groups, params)``.
         threshold: tau of one step, or a function of the step, an optax schedule.
         where: As for `group_norms`.
 
@@ -246,17 +246,17 @@ def proximal_group_lasso(
         >>> import jax, jax.numpy as jnp, optax, prunax
         >>> params = {"fc": jnp.array([[1.0, 0.1]]), "out": jnp.array([[1.0], [0.1]])}
         >>> groups = prunax.structured.axis_groups(lambda p, x: x @ p["fc"] @ p["out"], params, jnp.ones((2, 1)))
-        >>> tx = prunax.structured.proximal_group_lasso(optax.sgd(0.1), groups, 0.5)
+        >>> tx = prunax.structured.proximal_unit_lasso(optax.sgd(0.1), groups, 0.5)
         >>> updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
         >>> optax.apply_updates(params, updates)["out"].tolist()
         [[0.5], [0.0]]
     """
 
     def shrink(moved: trees.Selection, tau: jax.Array) -> list[jax.Array]:
-        shrunk = soft_threshold(groups, moved.params, tau, where=where)
-        return moved.take("proximal_group_lasso", "params", shrunk)
+        shrunk = soft_threshold_units(groups, moved.params, tau, where=where)
+        return moved.take("proximal_unit_lasso", "params", shrunk)
 
-    return proximal("proximal_group_lasso", inner, threshold, shrink, where)
+    return proximal("proximal_unit_lasso", inner, threshold, shrink, where)
 
 
 def _squares(

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from prunax import trees
 from prunax.structured._axes import Incompatible
 from prunax.structured._evaluate import evaluate, keep_of_axes
-from prunax.structured._groups import Analysis, Keep, Leaf, analyse, kept_positions
+from prunax.structured._groups import Analysis, Keep, Parameter, analyse, kept_positions
 
 __all__ = ["shrink", "shrink_function"]
 
@@ -179,7 +179,7 @@ class _Constant:
         )
 
 
-def _dense_params(params: PyTree, full: dict[str, Leaf]) -> PyTree:
+def _dense_params(params: PyTree, full: dict[str, Parameter]) -> PyTree:
     """The params' tree with shapes of the original sizes."""
     return trees.map_with_path(
         lambda path, x: jax.ShapeDtypeStruct(full[path].shape, x.dtype) if trees.is_array(x) else x,
@@ -187,7 +187,7 @@ def _dense_params(params: PyTree, full: dict[str, Leaf]) -> PyTree:
     )
 
 
-def _check_small(params: PyTree, full: dict[str, Leaf], kept: dict[str, Any]) -> None:
+def _check_small(params: PyTree, full: dict[str, Parameter], kept: dict[str, Any]) -> None:
     for name, x in trees.named_leaves(params):
         if not trees.is_array(x):
             continue
@@ -206,13 +206,13 @@ def _check_small(params: PyTree, full: dict[str, Leaf], kept: dict[str, Any]) ->
             )
 
 
-def _leaves_of(keep: Keep) -> tuple[Leaf, ...]:
+def _leaves_of(keep: Keep) -> tuple[Parameter, ...]:
     return next((group.leaves for group in keep), ())
 
 
-def _by_endings(leaves: Sequence[Leaf]) -> dict[str, list[Leaf]]:
+def _by_endings(leaves: Sequence[Parameter]) -> dict[str, list[Parameter]]:
     """Parameters by their paths, and by their paths within the branch that they are in."""
-    named: dict[str, list[Leaf]] = {}
+    named: dict[str, list[Parameter]] = {}
     for leaf in leaves:
         within = leaf.path.partition("/")[2]
         if within:
@@ -220,14 +220,14 @@ def _by_endings(leaves: Sequence[Leaf]) -> dict[str, list[Leaf]]:
     return named | {leaf.path: [leaf] for leaf in leaves}
 
 
-def _owners(name: str, named: dict[str, list[Leaf]]) -> list[Leaf]:
+def _owners(name: str, named: dict[str, list[Parameter]]) -> list[Parameter]:
     """The parameters whose name a path ends with: of the longest such name."""
     parts = name.split("/")
     ends = ("/".join(parts[i:]) for i in range(len(parts)))
     return next((named[end] for end in ends if end in named), [])
 
 
-def _cut(name: str, x: Any, leaf: Leaf, kept: Sequence[np.ndarray | None]) -> Any:
+def _cut(name: str, x: Any, leaf: Parameter, kept: Sequence[np.ndarray | None]) -> Any:
     shape = tuple(x.shape)
     if shape == leaf.shape:
         return _take(x, kept)

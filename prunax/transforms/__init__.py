@@ -2,7 +2,7 @@
 
 from prunax.transforms._admm import AdmmState, admm
 from prunax.transforms._dynamic import dynamic_sparse, rigl, sparse_evolutionary, static_sparse
-from prunax.transforms._masked import PruneState, unpack_masks
+from prunax.transforms._masked import PruneState
 from prunax.transforms._proximal import ProximalState, proximal_group_lasso, proximal_l1
 from prunax.transforms._pruning import fixed_masks
 
@@ -18,5 +18,4 @@ __all__ = [
     "rigl",
     "sparse_evolutionary",
     "static_sparse",
-    "unpack_masks",
 ]

@@ -41,7 +41,7 @@ def admm(
     end_step: int,
     every: int = 32,
     score: score_functions.Score = score_functions.magnitude,
-    allocation: allocations.Allocator = allocations.global_ranking,
+    allocation: allocations.Allocation = allocations.global_ranking,
     pattern: patterns.Pattern = patterns.Unstructured(),
     where: trees.Where = trees.is_kernel,
     packed: bool = False,
@@ -86,7 +86,7 @@ def admm(
         Lee et al., The Unseen Frontier: Pushing the Limits of LLM Sparsity with Surrogate-Free ADMM (ELSA), 2025,
         arXiv:2510.01650; Boyd et al., Distributed Optimization and Statistical Learning via ADMM, 2011, section 9.1.
     """
-    target: Any = pattern.max_sparsity if sparsity is None else sparsity
+    target: Any = pattern.implied_sparsity if sparsity is None else sparsity
     schedule = schedules.one_shot(target, end_step)
     schedules.check_steps("admm", every=every)
 

@@ -30,7 +30,7 @@ def dynamic_sparse(
     drop_fraction: float | Callable[[jax.Array], jax.Array] = 0.3,
     drop: score_functions.Score = score_functions.magnitude,
     initial: score_functions.Score = score_functions.random,
-    allocation: allocations.Allocator = allocations.erdos_renyi,
+    allocation: allocations.Allocation = allocations.erdos_renyi,
     pattern: patterns.Pattern = patterns.Unstructured(),
     where: trees.Where = trees.is_kernel,
     mask_gradients: bool = True,
@@ -95,7 +95,7 @@ def dynamic_sparse(
     for score in (grow, drop, initial):
         score_functions.check_score("dynamic_sparse", score)
     trees.check_where("dynamic_sparse", where)
-    schedule = schedules.as_schedule(pattern.max_sparsity if sparsity is None else sparsity)
+    schedule = schedules.as_schedule(pattern.implied_sparsity if sparsity is None else sparsity)
     schedules.check_steps("dynamic_sparse", every=every)
     if end_step is not None:
         schedules.check_steps("dynamic_sparse", end_step=end_step)

@@ -18,7 +18,7 @@ from prunax import allocation as allocations
 from prunax import scores as score_functions
 from prunax.transforms import _checks, _inner
 
-__all__ = ["PruneState", "unpack_masks"]
+__all__ = ["PruneState"]
 
 PyTree = Any
 Arrays = list[jax.Array]
@@ -32,7 +32,8 @@ class PruneState(NamedTuple):
 
     Attributes:
         count: int32 scalar, number of updates so far.
-        masks: Mask tree of the params' structure, True = kept; uint8 leaves where `packed` (see `unpack_masks`).
+        masks: Mask tree of the params' structure, True = kept; uint8 leaves where packed (`prunax.get_masks` gives
+            bool ones).
         inner_state: State of the wrapped optimizer.
         skipped_updates: int32 scalar, mask updates skipped because a score was NaN.
         averaged_scores: float32 scores of the params' structure where the score is a `scores.ema`, else None.
@@ -87,10 +88,12 @@ def train_masked(
     inner = optax.with_extra_args_support(inner)
 
     def pack(mask: jax.Array) -> jax.Array:
-        return _packing.pack(mask) if packed else mask
+        return _packing.pack_bits(mask) if packed else mask
 
     def unpack(stored: jax.Array, leaf: jax.Array) -> jax.Array:
-        return _meshes.shard_like(_packing.unpack(stored, leaf.shape), leaf) if packed else stored
+        return (
+            _meshes.shard_like(_packing.unpack_bits(stored, leaf.shape), leaf) if packed else stored
+        )
 
     def init(params: PyTree) -> PruneState:
         trees.check_params(name, params, trained=True)
@@ -98,7 +101,7 @@ def train_masked(
         inner_state = inner.init(params)
         chosen, fixed, at_rest = trees.select(model, where), None, set[str]()
         if given is not None and jax.tree.leaves(model):  # optax asks with placeholders as well
-            mask_functions.check_masks(name, model, given)
+            trees.check_masks(name, model, given)
             fixed = chosen.take(name, "masks", given)
         elif chosen.indices:
             at_rest = _inner.frozen(inner.update, inner_state, params)
@@ -241,41 +244,11 @@ def train_masked(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def unpack_masks(masks: PyTree, params: PyTree) -> PyTree:
-    """Turn the masks of a packed `PruneState` into bool arrays.
-
-    Args:
-        masks: ``state.masks``, packed or not.
-        params: The params, or arrays or abstract arrays of their shapes.
-
-    Returns:
-        A mask tree: bool arrays, True = kept.
-
-    Raises:
-        ValueError: If the structures differ, naming the leaf.
-
-    Examples:
-        >>> import jax.numpy as jnp, optax, prunax
-        >>> params = {"kernel": jnp.ones((3, 2))}
-        >>> state = prunax.prune(optax.sgd(0.1), 0.5, packed=True).init(params)
-        >>> state.masks["kernel"].tolist()
-        [[7, 7]]
-        >>> prunax.transforms.unpack_masks(state.masks, params)["kernel"].shape
-        (3, 2)
-    """
-    leaves, treedef = jax.tree.flatten(params)
-    packed = trees.leaves_like("unpack_masks", "masks", masks, params)
-    return treedef.unflatten(
-        _packing.unpack(m, leaf.shape) if m.dtype == jnp.uint8 else m
-        for m, leaf in zip(packed, leaves, strict=True)
-    )
-
-
 def plan_at(
     schedule: schedules.Schedule,
     count: jax.Array,
     leaves: list[tuple[str, tuple[int, ...]]],
-    allocation: allocations.Allocator,
+    allocation: allocations.Allocation,
     pattern: patterns.Pattern,
 ) -> mask_functions.Plan:
     """Make the plan of a traced step.

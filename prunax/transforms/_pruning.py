@@ -22,7 +22,7 @@ def prune(
     sparsity: schedules.Sparsity,
     *,
     score: score_functions.Score = score_functions.magnitude,
-    allocation: allocations.Allocator = allocations.uniform,
+    allocation: allocations.Allocation = allocations.uniform,
     pattern: patterns.Pattern = patterns.Unstructured(),
     where: trees.Where = trees.is_kernel,
     key: jax.Array | None = None,
@@ -106,7 +106,7 @@ def pruned(
     sparsity: schedules.Sparsity,
     *,
     score: score_functions.Score,
-    allocation: allocations.Allocator,
+    allocation: allocations.Allocation,
     pattern: patterns.Pattern,
     where: trees.Where,
     key: jax.Array | None = None,
@@ -118,7 +118,7 @@ def pruned(
     allocations.check_allocation(name, allocation)
     score_functions.check_score(name, score)
     trees.check_where(name, where)
-    schedule = schedules.as_schedule(pattern.max_sparsity if sparsity is None else sparsity)
+    schedule = schedules.as_schedule(pattern.implied_sparsity if sparsity is None else sparsity)
     average = score_functions.memory_of(score)
     if key is not None and average is not None:
         raise ValueError(
