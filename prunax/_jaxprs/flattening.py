@@ -96,7 +96,7 @@ class Program(NamedTuple):
 
     def only(self, which: Iterable[int]) -> "Program":
         """Read the function again with fewer leaves selected."""
-        return _flatten(self.traced, self.selection.only(list(which)))
+        return _flatten(self.traced, self.selection.only(list(which)), programs.CALLS)
 
     @property
     def kernels(self) -> list[int]:
@@ -106,7 +106,11 @@ class Program(NamedTuple):
 
 
 def trace(
-    fn: Callable[..., Any], params: PyTree, *args: Any, where: trees.Where | None = None
+    fn: Callable[..., Any],
+    params: PyTree,
+    *args: Any,
+    where: trees.Where | None = None,
+    calls: frozenset[str] = programs.CALLS,
 ) -> Program:
     """Trace a function and find the products of its weights.
 
@@ -116,6 +120,8 @@ def trace(
         args: Pytrees of arrays, or of anything with a shape and a dtype.
         where: ``where(path, leaf) -> bool`` chooses the leaves whose products are wanted. Left out, all floating-point
             leaves of two or more axes.
+        calls: Primitives whose programs are inlined. What is to be differentiated leaves out those with derivatives of
+            their own (`programs.PLAIN_CALLS`).
 
     Returns:
         The `Program`. Weights are followed through transpose, reshape, slices, conversions, constant factors,
@@ -134,7 +140,7 @@ def trace(
         return [x for x in jax.tree.leaves(fn(params, *args)) if trees.is_array(x)]
 
     traced = programs.traced(on_arrays, params, args)
-    return _flatten(traced, trees.select(params, where or _could_be_a_kernel))
+    return _flatten(traced, trees.select(params, where or _could_be_a_kernel), calls)
 
 
 def _could_be_a_kernel(path: str, leaf: Any) -> bool:
@@ -162,8 +168,8 @@ class _Flattener:
         recomputed: Leaves that meet an activation only after such a computation.
     """
 
-    def __init__(self, selection: trees.Selection) -> None:
-        self.selection = selection
+    def __init__(self, selection: trees.Selection, calls: frozenset[str]) -> None:
+        self.selection, self.calls = selection, calls
         self.equations: list[Equation] = []
         self.shapes: dict[int, jax.ShapeDtypeStruct] = {}
         self.constants: dict[int, Any] = {}
@@ -230,7 +236,7 @@ class _Flattener:
     def add(self, eqn: JaxprEqn, inputs: list[int]) -> list[int]:
         """Add one equation, or those inside it. Returns the ids of its results, one for each of its `outvars`."""
         name = eqn.primitive.name
-        if name in programs.CALLS:
+        if name in self.calls:
             return self.inline_closed(programs.called(eqn), inputs)
         if name == "cond" and inputs[0] in self.known:
             branches = eqn.params["branches"]
@@ -531,11 +537,11 @@ def _needed(equations: Sequence[Equation], outputs: Sequence[int]) -> list[int]:
     return kept[::-1]
 
 
-def _flatten(traced: programs.Traced, selection: trees.Selection) -> Program:
+def _flatten(traced: programs.Traced, selection: trees.Selection, calls: frozenset[str]) -> Program:
     """Read a jaxpr, drop what no output needs, and say of each leaf whether its products are all that it does."""
     closed, _, arrays, _ = traced
     count = len(jax.tree.leaves(selection.params))
-    flat = _Flattener(selection)
+    flat = _Flattener(selection, calls)
     inputs = [flat.value(v) for v in closed.jaxpr.invars]
     places = dict(zip(arrays, inputs, strict=True))
     args = [places[i] for i in arrays if i >= count]

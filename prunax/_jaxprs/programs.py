@@ -29,6 +29,8 @@ CALLS = frozenset(
     custom_vmap_call composite
     """.split()
 )
+# Those among them that mean it under differentiation as well.
+PLAIN_CALLS = frozenset(name for name in CALLS if not name.startswith("custom_"))
 
 
 def aval(var: Any) -> Any:

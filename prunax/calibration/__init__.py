@@ -8,6 +8,8 @@ from prunax.calibration import layouts, solver
 from prunax.calibration._layers import Pruned, prune_layers, sparsegpt, wanda
 from prunax.calibration._methods import Alps, Method, Refit, SparseGPT, Wanda
 from prunax.calibration._outliers import outlier_allocation
+from prunax.calibration._refining import Refined, refine, relative_error
+from prunax.calibration._saved_blocks import RefinedBlock
 from prunax.calibration._scores import wanda_scores
 from prunax.calibration._statistics import input_statistics
 
@@ -15,6 +17,8 @@ __all__ = [
     "Alps",
     "Method",
     "Pruned",
+    "Refined",
+    "RefinedBlock",
     "Refit",
     "SparseGPT",
     "Wanda",
@@ -22,6 +26,8 @@ __all__ = [
     "layouts",
     "outlier_allocation",
     "prune_layers",
+    "refine",
+    "relative_error",
     "solver",
     "sparsegpt",
     "wanda",

@@ -4,6 +4,7 @@ A stage is what can be computed with the weights that are solved so far: it ends
 are known. Stages of equal structure (the layers of a stack of equal layers) are equal values, and share compiled code.
 """
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from prunax import _jaxprs
@@ -58,7 +59,7 @@ def cut(program: _jaxprs.Program, problems: list[Problem]) -> Staged:
     layout_of = {s: x for p in problems for s, x in zip(p.products, p.layouts, strict=True)}
     key_of = {s: (products[s].activation, x.reading) for s, x in layout_of.items()}
     at = _stage_of_products(program, problems, problem_of)
-    varying = _varying(program)
+    varying = depending(program, program.args)
     made_by = {i: n for n, equation in enumerate(program.equations) for i in equation.outputs}
     computed: dict[int, int] = {}  # id of a value of the batch -> the stage that computes it
     needed: list[tuple[list[int], list[int]]] = []
@@ -66,7 +67,7 @@ def cut(program: _jaxprs.Program, problems: list[Problem]) -> Staged:
     kept: list[list[int]] = []
     for stage in range(max(at, default=-1) + 1):
         targets = [products[s].activation for s in range(len(at)) if at[s] == stage]
-        equations, inputs = _ancestors(program, made_by, computed, targets)
+        equations, inputs = ancestors(program, made_by, computed, targets)
         for i in inputs:
             if i in varying:
                 last_use[i] = stage
@@ -102,16 +103,16 @@ def cut(program: _jaxprs.Program, problems: list[Problem]) -> Staged:
     return Staged(program, problems, stages)
 
 
-def _varying(program: _jaxprs.Program) -> set[int]:
-    """Values that depend on the batch. Others are computed where they are used, and never kept."""
-    varying = set(program.args)
+def depending(program: _jaxprs.Program, values: Iterable[int]) -> set[int]:
+    """Values that depend on some. What depends on no batch is computed where it is used, and never kept."""
+    found = set(values)
     for equation in program.equations:
-        if varying.intersection(equation.inputs):
-            varying.update(equation.outputs)
-    return varying
+        if not found.isdisjoint(equation.inputs):
+            found.update(equation.outputs)
+    return found
 
 
-def _ancestors(
+def ancestors(
     program: _jaxprs.Program, made_by: dict[int, int], computed: dict[int, int], targets: list[int]
 ) -> tuple[list[int], list[int]]:
     """The equations that targets still need, in order, and the values that these read from outside."""
