@@ -275,9 +275,7 @@ def _teacher(
         raise ValueError(
             "refine: without masks there is no dense network to come near to. Pass teacher=(fn, params)."
         )
-    leaves = zip(
-        jax.tree.leaves(params), mask_trees.check_masks("refine", params, masks), strict=True
-    )
+    leaves = zip(jax.tree.leaves(params), trees.check_masks("refine", params, masks), strict=True)
     pruned = [(x, m) for x, m in leaves if trees.is_prunable(m, x)]
     if not any(bool(jnp.any(jnp.where(m, 0, x))) for x, m in pruned):
         raise ValueError(
@@ -328,5 +326,5 @@ def _check_targets(
 def _array_masks(params: PyTree, masks: PyTree | None) -> list[Any]:
     """The mask of each array leaf."""
     leaves = jax.tree.leaves(params)
-    own = [True] * len(leaves) if masks is None else mask_trees.check_masks("refine", params, masks)
+    own = [True] * len(leaves) if masks is None else trees.check_masks("refine", params, masks)
     return [m for m, x in zip(own, leaves, strict=True) if trees.is_array(x)]
