@@ -19,6 +19,7 @@ from benchmarks import (
     accelerator,
     budgets,
     front,
+    limits,
     llm,
     methods,
     overhead,
@@ -57,6 +58,7 @@ def all_tables(results: Path) -> dict[str, str]:
             found = tables(json.loads(file.read_text()))
             named |= {name: table.markdown() for name, table in found.items()}
     named["front"] = front.table(results).markdown()
+    named |= {name: table.markdown() for name, table in limits.tables(results).items()}
     devices = sorted(results.glob(f"{accelerator.STEM}-*.json"))
     named[accelerator.STEM] = accelerator.published([json.loads(f.read_text()) for f in devices])
     return named

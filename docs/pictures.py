@@ -1,5 +1,6 @@
 """Draws the pictures of the documentation: `python docs/pictures.py`. Those of results are the benchmarks'."""
 
+import contextlib
 import json
 import re
 import statistics
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import PIL.Image
 
 import prunax
 from prunax.patterns import NM, Block, Channel, ConstantFanIn
@@ -22,6 +24,19 @@ def tour() -> None:
     for block in blocks:
         if "save_params" not in block:
             exec(block.replace('"layers.png"', f"{str(IMAGES / 'layers.png')!r}"), namespace)
+
+
+def gallery() -> None:
+    """The pictures that the gallery makes, in few colours: a fifth of the bytes."""
+    folder = IMAGES / "gallery"
+    folder.mkdir(exist_ok=True)
+    namespace: dict = {}
+    text = (DOCS / "gallery.md").read_text()
+    with contextlib.chdir(folder):
+        for block in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S):
+            exec(block, namespace)
+        for file in folder.glob("*.png"):
+            PIL.Image.open(file).convert("RGB").quantize(64).save(file, optimize=True)
 
 
 def methods() -> None:
@@ -54,6 +69,7 @@ def main() -> None:
     """Writes all of them."""
     IMAGES.mkdir(exist_ok=True)
     tour()
+    gallery()
     methods()
     schedule = prunax.schedules.polynomial(0.9, begin_step=100, end_step=200, every=30)
     prunax.reports.plots.schedule(schedule, 300).savefig(IMAGES / "schedule.png")

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 import prunax
-from benchmarks import datasets, loop, methods, render, robustness
+from benchmarks import datasets, limits, loop, methods, render, robustness
 from benchmarks.recipes import METHODS, Budget
 
 pytestmark = pytest.mark.relaxed_promotion  # optax's Adam raises a float to an int32 power
@@ -218,6 +218,17 @@ def test_tables_are_rendered_between_markers(tmp_path, capsys):
     assert "there is no table 'methods/no'" in capsys.readouterr().err
     claims = methods.claims_table(records, "mlp")
     assert claims.rows == [("magnitude at 90% against dense", "-0.2", "+0.00 ± 1.41", "yes")]
+
+
+def test_limits_count_bytes():
+    packed = {"pattern": "NM(2, 4)", "shape": [4096, 4096], "sparsity": 0.5, "batch": 1}
+    packed["seconds"] = {"dense": 2.0, "packed": 3.0}
+    # Half of the weights, and an index as large as each: the bytes of the dense matrix.
+    ((_, _, least, found, _),) = limits.JOBS["packed"]({"results": [packed]})
+    assert (least, found) == (2.0, 3.0)
+    blocks = packed | {"pattern": "Block((64, 64))", "sparsity": 0.75}
+    ((_, _, least, _, _),) = limits.JOBS["packed"]({"results": [blocks]})
+    assert least == 0.5
 
 
 def test_pages_of_the_project_are_up_to_date():

@@ -1,0 +1,138 @@
+"""How far each job is from what the machine allows: bytes that must be read, or operations that must be done.
+
+Runs nothing: limits and figures are taken from the results of the other scripts, from the same run each.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import harness, smollm
+
+Row = tuple[
+    str, str, float, float, str
+]  # job, what limits it, seconds of the limit, seconds found, peers
+INDEX_BYTES = 4  # beside each kept weight of four bytes, where single weights are packed
+
+
+def tables(results: Path) -> dict[str, harness.Table]:
+    """The tables of all results that a folder has."""
+    rows = []
+    for name, job in JOBS.items():
+        file = results / f"{name}.json"
+        if file.is_file():
+            for what, limit, least, found, peers in job(json.loads(file.read_text())):
+                times = f"{_time(least)}", f"{_time(found)}", f"{found / least:.2f}"
+                rows.append((what, limit, *times, peers, f"`{name}`"))
+    columns = ("job", "limit", "at least", "found", "ratio", "peers", "`python -m benchmarks.`")
+    made = {"limits": harness.Table(columns, rows, text=2)}
+    selection = results / "selection.json"
+    if selection.is_file():
+        made["limits/size"] = _growth(json.loads(selection.read_text()))
+    return made
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{1e3 * seconds:.2f} ms"
+
+
+def _selection(content: Mapping[str, Any]) -> Sequence[Row]:
+    rows = []
+    for size in (10_000_000, 100_000_000):
+        for sparsity in (0.5, 0.9, 0.99):
+            seconds = _seconds(content, size, sparsity)
+            peers = [
+                f"{name} {_time(seconds[name])}"
+                for name in ("numpy.partition", "torch.topk", "argsort")
+                if name in seconds
+            ]
+            what = f"masks of {size // 1_000_000} M weights at {sparsity:.0%}"
+            least = seconds["one read (max)"]
+            rows.append(
+                (what, "one read of the weights", least, seconds["prunax"], ", ".join(peers))
+            )
+    return rows
+
+
+def _seconds(content: Mapping[str, Any], size: int, sparsity: float) -> Mapping[str, float]:
+    key = ("normal", size, sparsity)
+    return next(
+        r["seconds"] for r in content["results"] if (r["input"], r["size"], r["sparsity"]) == key
+    )
+
+
+def _growth(content: Mapping[str, Any]) -> harness.Table:
+    sizes = sorted({r["size"] for r in content["results"] if r["input"] == "normal"})
+    rows = []
+    for size in sizes:
+        found = {s: _seconds(content, size, s) for s in (0.5, 0.9, 0.99)}
+        per_weight = [1e9 * found[s]["prunax"] / size for s in found]
+        rows.append((f"{size:,}", *(f"{n:.2f}" for n in per_weight)))
+    return harness.Table(("weights", "50%, ns a weight", "90%", "99%"), rows)
+
+
+def _overhead(content: Mapping[str, Any]) -> Sequence[Row]:
+    rows = []
+    for kind, names in content["results"].items():
+        for name, seconds in names["seconds"].items():
+            if name != "dense":
+                steps = names["steps"]
+                dense = names["seconds"]["dense"] / steps
+                rows.append((f"{kind}: {name}", "the dense step", dense, seconds / steps, ""))
+    return rows
+
+
+def _structured(content: Mapping[str, Any]) -> Sequence[Row]:
+    rows = []
+    for name in dict.fromkeys(r["network"] for r in content["rows"]):
+        dense, *smaller = (r for r in content["rows"] if r["network"] == name)
+        for r in smaller:
+            share = r["flops"] / dense["flops"]
+            for kind, batch in (("single", "one image"), ("batched", "a batch")):
+                what = f"{name} at {share:.0%} of its operations, {batch}"
+                limit = "the dense network's time, by operations"
+                rows.append((what, limit, share * dense[kind], r[kind], ""))
+    return rows
+
+
+def _packed(content: Mapping[str, Any]) -> Sequence[Row]:
+    rows = []
+    for r in content["results"]:
+        if (r["shape"], r["batch"], r["pattern"].endswith("even")) != ([4096, 4096], 1, False):
+            continue
+        blocks = r["pattern"].startswith("Block")
+        share = (1 - r["sparsity"]) * (1 if blocks else 1 + INDEX_BYTES / 4)
+        what = f"4096 x 4096 times one vector, {r['pattern']} at {r['sparsity']:.0%}"
+        limit = "the dense product's time, by bytes"
+        rows.append((what, limit, share * r["seconds"]["dense"], r["seconds"]["packed"], ""))
+    return rows
+
+
+def _llm(content: Mapping[str, Any]) -> Sequence[Row]:
+    """Operations at the speed of matrix products that was measured around each run."""
+    c = smollm.Config()
+    kv = c.width * c.kv_heads // c.heads
+    weights = c.layers * c.width * (2 * c.width + 2 * kv + 3 * c.hidden)
+    tokens = content["calibration"]["length"] * sum(content["calibration"]["texts"].values())
+    forward = 2 * weights * tokens
+    # Inputs of q, k and v, of the output, of gate and up, of down. Symmetric: half of each product would do.
+    moments = c.layers * tokens * (3 * c.width**2 + c.hidden**2)
+    rows = []
+    for r in content["results"]:
+        work = {"Wanda": forward, "SparseGPT": forward + moments}.get(r["method"])
+        if work and r["target"] in ("50%", "2:4"):
+            least = work / (1e9 * max(r["gflops"]))
+            limit = "one pass over the tokens" + (", second moments" if work > forward else "")
+            what = f"SmolLM2-135M, {r['method']}, {r['target']}"
+            rows.append((what, limit, least, r["seconds"], ""))
+    return rows
+
+
+JOBS = {
+    "selection": _selection,
+    "overhead": _overhead,
+    "structured": _structured,
+    "packed": _packed,
+    "llm": _llm,
+}
