@@ -5,9 +5,11 @@ Pure functions map parameter pytrees to mask pytrees, and an optax transformatio
     params -> scores -> pools (allocation) -> masks (pattern + selection) -> apply / train (optax)
 """
 
-from typing import TYPE_CHECKING
-
 from prunax import _modules
+
+TYPE_CHECKING = (
+    False  # as type checkers know it: importing `typing` takes longer than all that is here
+)
 
 if TYPE_CHECKING:
     from prunax import (

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint
 import pytest
 import safetensors
 import safetensors.numpy
@@ -426,9 +428,18 @@ def big(folder: Path, megabytes: int = 24) -> Path:
     return write_sharded(folder, arrays)
 
 
+def big_orbax(folder: Path, megabytes: int = 24) -> Path:
+    arrays = load(big(folder.with_name("sharded"), megabytes))
+    shutil.rmtree(folder.with_name("sharded"))
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder, arrays)
+    return folder
+
+
+@pytest.mark.parametrize("make", [big, big_orbax])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_leave_nothing_and_say_one_line(tmp_path, number):
-    source = big(tmp_path / "model")
+def test_signals_leave_nothing_and_say_one_line(tmp_path, number, make):
+    source = make(tmp_path / "model")
     command = [
         sys.executable,
         "-m",
@@ -451,9 +462,41 @@ def test_signals_leave_nothing_and_say_one_line(tmp_path, number):
     assert os.listdir(tmp_path) == ["model"]
 
 
-@pytest.mark.parametrize("out", ["out", "out.safetensors", "out.prunax"])
-def test_full_disk(tmp_path, out):
-    source = big(tmp_path / "model", 6)
+AT_IMPORT = """
+import os, sys
+number, module = int(sys.argv.pop(1)), sys.argv.pop(1)
+
+class Finder:
+    def find_spec(self, name, *args):
+        if name == module:
+            os.kill(os.getpid(), number)
+
+sys.meta_path.insert(0, Finder())
+from prunax.__main__ import main  # as the command `prunax` does
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(
+    "module", ["prunax.cli", "argparse", "numpy", "prunax.export._atomic", "jax", "jax.numpy"]
+)
+def test_signals_while_modules_are_imported(tmp_path, module):
+    source = write_sharded(tmp_path / "model", weights())
+    number = signal.SIGINT if len(module) % 2 else signal.SIGTERM
+    command = [sys.executable, "-c", AT_IMPORT, str(int(number)), module]
+    command += ["prune", source, tmp_path / "out", "--sparsity", "0.5"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    said = "prunax: interrupted, nothing was written\n"
+    assert (result.returncode, result.stderr) == (128 + number, said)
+    assert os.listdir(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("make", "out"),
+    [(big, "out"), (big, "out.safetensors"), (big, "out.prunax"), (big_orbax, "out")],
+)
+def test_full_disk(tmp_path, make, out):
+    source = make(tmp_path / "model", 6)
     full = (
         "import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)); "
         "runpy.run_module('prunax', run_name='__main__')"

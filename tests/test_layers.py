@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "prunax"
 LAYERS = [
-    {"_leaf_names", "_modules", "_progress"},
+    {"_leaf_names", "_modules", "_progress", "_signals"},
     {"trees"},
     {
         "_meshes",
@@ -45,6 +45,7 @@ def imported_parts(path: Path) -> set[str]:
             assert node.level == 0, f"{path.name}: relative import, write the full name"
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
     assert "prunax" not in names, f"{path.name} imports the root: import the module it needs"
+    names.discard("prunax.__version__")
     return {name.split(".")[1] for name in names if name.startswith("prunax.")}
 
 

@@ -2,18 +2,17 @@
 
 import argparse
 import contextlib
-import importlib.metadata
-import os
 import re
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from prunax import __version__, _signals
+
 __all__ = ["main"]
 
-DONE, DIFFERENT, FAILED, INTERRUPTED = 0, 1, 2, 130
+DONE, DIFFERENT, FAILED = 0, 1, 2
 PATTERNS = "unstructured, N:M (2:4), fan-in, block:HxW (block:32x32), channel"
 EPILOG = """\
 A checkpoint is a .safetensors file, plain or compressed by prunax; a folder in the Hugging Face layout
@@ -35,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments, those of the process by default. Only then signals are handled.
 
     Returns:
-        The exit code: 0 done, 1 a difference or a pattern that does not hold, 2 an error, 130 interrupted.
+        The exit code: 0 done, 1 a difference or a pattern that does not hold, 2 an error.
 
     Examples:
         >>> from prunax.cli import main
@@ -43,8 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         2
     """
     if argv is None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, _end)
+        _signals.handle()
     args = _parser().parse_args(argv)
     # Imported here: whoever only asks for help does not wait for it, and an interrupt finds the handlers in place.
     from prunax.cli import _commands
@@ -57,9 +55,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.ExitStack() as stack:
             sources = [stack.enter_context(open_checkpoint(file)) for file in args.files]
             return getattr(_commands, args.command)(args, *sources, out, err)
-    except KeyboardInterrupt:
-        say(err, "prunax: interrupted, nothing was written")
-        return INTERRUPTED
     except BrokenPipeError:  # `prunax inspect FILE | head`
         sys.stderr.close()
         return DONE
@@ -67,19 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(err, f"prunax {args.command}: {in_flags(error)}")
         return FAILED
     finally:
-        if (
-            argv is None
-        ):  # what is done is done: an interrupt while Python tidies up changes nothing
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.SIG_IGN)
-
-
-def _end(number: int, frame: object) -> None:
-    """End the process at once, wherever it is: an exception could come in the midst of tidying up, or be swallowed."""
-    atomic = sys.modules.get("prunax.export._atomic")
-    if atomic is None or not hasattr(atomic, "abandon") or atomic.abandon():
-        os.write(2, b"prunax: interrupted, nothing was written\n")
-        os._exit(128 + number)
+        if argv is None:
+            _signals.ignore()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -90,8 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         **shape,
     )
-    version = f"prunax {importlib.metadata.version('prunax')}"
-    parser.add_argument("--version", action="version", version=version)
+    parser.add_argument("--version", action="version", version=f"prunax {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(

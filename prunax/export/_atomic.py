@@ -10,6 +10,8 @@ import glob
 import os
 import secrets
 import shutil
+import signal
+import time
 from collections.abc import Generator
 from pathlib import Path
 
@@ -21,7 +23,7 @@ except ImportError:  # Windows
 __all__ = ["Place"]
 
 _UNFINISHED: set[Path] = set()
-_taking_a_name = False
+_taken = False  # whether the last file has its name, or is just taking it
 
 
 class Place:
@@ -43,6 +45,8 @@ class Place:
         check_absent(self.path, overwrite)
         _remove_stale(self.path)
         self.temporary = self._beside("partial")
+        global _taken
+        _taken = False
         _UNFINISHED.add(self.temporary)  # before it is there: a signal may come in between
         with naming(self.path):
             self.temporary.mkdir() if folder else self.temporary.touch(exist_ok=False)
@@ -60,13 +64,14 @@ class Place:
         Raises:
             FileExistsError: If something has come there meanwhile, unless `overwrite`.
         """
-        global _taking_a_name
-        _taking_a_name = True
+        global _taken
+        _taken = True
         try:
             with naming(self.path):
                 self._take_name()
-        finally:
-            _taking_a_name = False
+        except BaseException:
+            _taken = False
+            raise
         with contextlib.suppress(OSError):  # not every system can open a folder
             folder = os.open(self.path.parent, os.O_RDONLY)
             try:
@@ -98,6 +103,19 @@ class Place:
             except OSError:  # a file system without links
                 check_absent(self.path, overwrite=False)
                 os.replace(self.temporary, self.path)
+
+    @contextlib.contextmanager
+    def settled(self) -> Generator[None]:
+        """After an error, wait until nobody writes there any more: what is removed stays away."""
+        try:
+            yield
+        except BaseException:
+            for _ in range(100):
+                _remove(self.temporary)
+                time.sleep(0.05)
+                if not self.temporary.exists():
+                    break
+            raise
 
     def discard(self) -> None:
         """Remove what is not published. Always to be called."""
@@ -142,17 +160,24 @@ def write_text(path: Path, text: str, *, overwrite: bool) -> None:
         place.discard()
 
 
-def abandon() -> bool:
-    """Remove everything unfinished, for a process that ends now.
+def unfinished() -> list[Path] | None:
+    """What has been begun; None where the last of it has taken its name, or is just taking it, and should be let."""
+    return None if _taken else list(_UNFINISHED)
 
-    Returns:
-        False where a file is just taking its name, which should be let happen.
+
+def remove_and_exit(paths: list[Path], code: int) -> None:
+    """Remove files and folders, and end the process.
+
+    Threads (Orbax has some) would go on writing meanwhile: they end where another program takes the process over.
     """
-    if _taking_a_name:
-        return False
-    for temporary in tuple(_UNFINISHED):
-        _remove(temporary)
-    return True
+    if any(path.is_dir() for path in paths) and os.name == "posix":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        script = f'rm -rf -- "$@"; exit {code}'
+        os.execv("/bin/sh", ["sh", "-c", script, "sh", *map(str, paths)])
+    for path in paths:
+        _remove(path)
+    os._exit(code)
 
 
 def _remove_stale(path: Path) -> None:
@@ -172,11 +197,7 @@ def _remove_stale(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    # Twice: threads of Orbax may still write.
-    for _ in range(3):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-        if not path.exists():
-            return
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

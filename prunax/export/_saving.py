@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from prunax import _signals
 from prunax.export import _atomic
 from prunax.export._checkpoints import (
     INDEX,
@@ -231,15 +233,29 @@ class OrbaxWriter:
     def __exit__(self, kind: Any, *_: object) -> None:
         try:
             if kind is None:
-                tree = self._source.rebuild(self._arrays)
-                try:
-                    with import_orbax().StandardCheckpointer() as checkpointer:
-                        checkpointer.save(self._place.temporary.resolve(), tree, force=True)
-                except Exception as error:  # of many classes
-                    raise OSError(f"{self.path} cannot be written: {error}") from None
+                # Its threads print what they fail with, and go on writing for a while.
+                with _signals.Quiet(), self._place.settled():
+                    self._save()
                 self._place.publish()
         finally:
             self._place.discard()
+
+    def _save(self) -> None:
+        tree = self._source.rebuild(self._arrays)
+        # Within the temporary folder: Orbax makes others beside the one that it is given.
+        whole = self._place.temporary.resolve() / "whole"
+        try:
+            with import_orbax().StandardCheckpointer() as checkpointer:
+                checkpointer.save(whole, tree)
+            for held in whole.iterdir():
+                held.rename(whole.parent / held.name)
+            whole.rmdir()
+        except Exception as error:  # of many classes
+            told = re.search(r"os_error_code='(\d+)'", str(error))
+            code = int(told[1]) if told else getattr(error, "errno", None)
+            if code is None:
+                raise OSError(f"{self.path} cannot be written: {error}") from None
+            raise OSError(code, os.strerror(code), str(self.path)) from None
 
     def add(self, name: str, array: np.ndarray) -> None:
         """Take an array."""

@@ -15,7 +15,6 @@ A tensor has its array's name. Its encoding is ``plain``, or ``bits`` (see `prun
 an element) or ``bytes`` (a dtype that the container has no name for): these three are rows of U8.
 """
 
-import importlib.metadata
 import json
 import math
 import os
@@ -24,6 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from prunax import __version__
 from prunax.export import _encoding
 from prunax.export._container import (
     DIGEST,
@@ -105,7 +105,7 @@ class ArrayWriter:
             self._metadata |= {
                 "prunax.format": FORMAT,
                 "prunax.kind": kind,
-                "prunax.version": importlib.metadata.version("prunax"),
+                "prunax.version": __version__,
                 "format": "prunax",  # so that nobody's loader takes packed bits for weights
             }
             if "format" in metadata:
