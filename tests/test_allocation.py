@@ -1,7 +1,6 @@
 """Allocations: against direct NumPy versions, and the traps of other libraries."""
 
 import functools
-import inspect
 from fractions import Fraction
 
 import jax
@@ -205,19 +204,6 @@ def test_by_path_without_a_sparsity_keeps_the_others_whole():
     params = params_of(body=np.ones((4, 5)), head=np.ones((2, 5)))
     masks = kept(prunax.compute_masks(params, allocation=allocation.by_path({"head/*": 0.5})))
     assert {name: np.sum(mask) for name, mask in masks.items()} == {"body": 20, "head": 5}
-
-
-def largest_only(leaves, sparsity):
-    largest = max(range(len(leaves)), key=lambda i: leaves[i].num_units)
-    pool = allocation.Pool((largest,), sparsity)
-    return allocation.Pools((pool,))
-
-
-def test_an_allocation_is_any_function_of_four_lines():
-    assert len(inspect.getsource(largest_only).splitlines()) == 4
-    params = params_of(a=np.ones((2, 6)), b=np.ones((2, 5)))
-    masks = kept(prunax.compute_masks(params, 0.5, allocation=largest_only))
-    assert {name: np.sum(mask) for name, mask in masks.items()} == {"a": 6, "b": 10}
 
 
 @pytest.mark.parametrize(

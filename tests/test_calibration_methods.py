@@ -1,8 +1,8 @@
 """Every method over every layout and pattern; and what calibration prunes, leaves whole, and says of it."""
 
-import dataclasses
 import warnings
 
+import extensions
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,26 +11,10 @@ import pytest
 
 import prunax
 from prunax import calibration, patterns
-from prunax.calibration import solver
 
 
 def normal(seed, *shape):
     return jax.random.normal(jax.random.key(seed), shape)
-
-
-@dataclasses.dataclass(frozen=True)
-class MeanContribution:
-    """A method as a user writes one."""
-
-    def statistic(self, inputs):
-        return jnp.abs(inputs).sum(axis=0)
-
-    def prepare(self, statistic):
-        return statistic[:, None]
-
-    def solve(self, weights, prepared, budget, pattern):
-        mask = solver.keep_largest(jnp.abs(weights) * prepared, budget, pattern)
-        return jnp.where(mask, weights, 0), mask
 
 
 METHODS = {
@@ -38,7 +22,7 @@ METHODS = {
     "SparseGPT": calibration.SparseGPT(block_size=8),
     "SparseGPT, corrected": calibration.SparseGPT(block_size=8, correction=0.5),
     "Alps": calibration.Alps(iterations=6),
-    "of a user": MeanContribution(),
+    "of a user": extensions.MeanContribution(),
 }
 PATTERNS = [
     patterns.Unstructured(),

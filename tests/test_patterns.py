@@ -1,8 +1,5 @@
 """Patterns: values by hand, structure of the masks for dense kernels and convolutions."""
 
-import dataclasses
-import inspect
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -228,21 +225,3 @@ def test_a_pattern_that_does_not_fit_names_the_leaf(pattern, shape, message):
     params = {"good": {"kernel": jnp.ones((8, 8, 8))}, "odd": {"kernel": jnp.ones(shape)}}
     with pytest.raises(ValueError, match=rf"does not fit 'odd/kernel' of shape .*{message}"):
         prunax.compute_masks(params, 0.5, pattern=pattern, where=lambda path, leaf: True)
-
-
-@dataclasses.dataclass(frozen=True)
-class Pairs(patterns.Pattern):
-    def pool(self, scores):
-        return (scores[..., ::2, :] + scores[..., 1::2, :]) / 2
-
-    def expand(self, mask, shape):
-        return jnp.repeat(mask, 2, axis=-2)
-
-
-def test_a_new_pattern_is_six_lines():
-    lines = [line for line in inspect.getsource(Pairs).splitlines() if line.strip()]
-    assert len(lines) == 6
-    assert Pairs().unit_shape((4, 3)) == (2, 3)
-    kernel = jnp.array([[1.0, 9.0], [2.0, 9.0], [3.0, 1.0], [4.0, 1.0]])
-    mask = prunax.compute_masks({"kernel": kernel}, 0.5, pattern=Pairs())["kernel"]
-    assert mask.tolist() == [[False, True], [False, True], [True, False], [True, False]]

@@ -12,7 +12,8 @@ import pytest
 from sklearn.datasets import load_digits
 
 import prunax
-from prunax import _counts, allocation, patterns, schedules, scores, transforms
+from prunax import _counts, _masks, allocation, patterns, schedules, scores, transforms
+from prunax.transforms._masked import plan_at
 
 pytestmark = pytest.mark.relaxed_promotion  # optax's optimizers mix dtypes
 
@@ -547,3 +548,14 @@ def test_steps_without_an_update_copy_no_mask(packed):
     assert shape in body
     copies = [line for line in (body + kept).splitlines() if re.search(r"\bcopy\(", line)]
     assert not [line for line in copies if f"= {shape}" in line]
+
+
+@pytest.mark.parametrize("choose", [allocation.uniform, allocation.erdos_renyi])
+@pytest.mark.parametrize("target", [0.9, 1 / 3])
+def test_the_target_is_exact_in_pools_beyond_float32(choose, target):
+    leaves = [("a", (20_000, 10_000)), ("b", (3_000, 9_000))]  # shapes alone
+    schedule = schedules.polynomial(target, 0, 10, every=5)
+    pattern = patterns.Unstructured()
+    budgets = jax.jit(lambda n: plan_at(schedule, n, leaves, choose, pattern).budgets)(10)
+    wanted = _masks.plan(leaves, target, allocation=choose, pattern=pattern).budgets
+    assert [(int(b.high) << 32) + int(b.low) for b in budgets] == wanted

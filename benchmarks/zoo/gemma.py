@@ -3,16 +3,7 @@
 from typing import Any
 
 from benchmarks import zoo
-
-SIZES: dict[str, Any] = dict(
-    num_embed=50,
-    embed_dim=32,
-    hidden_dim=48,
-    num_heads=4,
-    head_dim=8,
-    num_kv_heads=2,
-    sliding_window_size=4,
-)
+from benchmarks.zoo.tunix import GEMMA
 
 
 def _model(name: str) -> zoo.Network:
@@ -22,9 +13,9 @@ def _model(name: str) -> zoo.Network:
     from gemma import gm
 
     kind = getattr(gm.nn, name)
-    config = dataclasses.replace(
-        kind.config, attention_types=kind.config.attention_types[-2:], vision_encoder=None, **SIZES
-    )
+    kinds = kind.config.attention_types[-GEMMA["num_layers"] :]
+    sizes = {name: size for name, size in GEMMA.items() if name != "num_layers"}
+    config = dataclasses.replace(kind.config, attention_types=kinds, vision_encoder=None, **sizes)
 
     class Logits(kind):
         def __call__(self, tokens: Any) -> Any:

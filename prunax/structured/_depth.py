@@ -355,6 +355,11 @@ class Switches:
         self.loops = {place: _loops(known.traced.jaxpr, place) for place in self.kept}
         self.outputs = jax.tree.structure(known.traced.out)
 
+    def arrays(self, *tree: Any) -> list[Any]:
+        """What the program takes, of params and inputs."""
+        leaves = jax.tree.leaves(tree)
+        return [leaves[i] for i in self.known.traced.arrays]
+
     def gates(self, open_: Any) -> dict[Place, Any]:
         """From a switch for each branch to one for each addition and turn."""
         found: dict[Place, Any] = {}
@@ -408,7 +413,6 @@ def _by_loss(
     switches = Switches(known)
     number = {branch.name: n for n, branch in enumerate(known.branches)}
     leaves, treedef = jax.tree.flatten((params, args))
-    arrays = [leaves[i] for i in known.traced.arrays]
 
     @jax.jit
     def measured(open_: Any, arrays: Sequence[Any]) -> Any:
@@ -418,8 +422,7 @@ def _by_loss(
         own, inputs = treedef.unflatten(whole)
 
         def switched(params: PyTree, *args: Any) -> Any:
-            flat = jax.tree.leaves((params, args))
-            return switches.run(open_, [flat[i] for i in known.traced.arrays])[0]
+            return switches.run(open_, switches.arrays(params, args))[0]
 
         return loss(switched, own, *inputs)
 
@@ -431,7 +434,7 @@ def _by_loss(
                 shut = [number[b.name] for block in (*gone, name) for b in blocks[block]]
                 open_ = np.ones(len(number), bool)
                 open_[shut] = False
-                value = measured(open_, arrays)
+                value = measured(open_, switches.arrays(params, args))
                 if np.shape(value) != ():
                     raise ValueError(
                         f"prune_depth: loss must return one number, got shape {np.shape(value)}. Take the mean."
@@ -451,7 +454,6 @@ def _by_influence(
 ) -> list[str]:
     """Leave out those whose output is most like their input."""
     switches = Switches(known)
-    leaves = jax.tree.leaves((params, args))
 
     @jax.jit
     def influences(arrays: Sequence[Any]) -> dict[str, Any]:
@@ -473,9 +475,7 @@ def _by_influence(
             for name, inside in blocks.items()
         }
 
-    found = {
-        name: float(x) for name, x in influences([leaves[i] for i in known.traced.arrays]).items()
-    }
+    found = {name: float(x) for name, x in influences(switches.arrays(params, args)).items()}
     return sorted(found, key=lambda name: found[name])[:count]
 
 
