@@ -110,7 +110,8 @@ class Llama(nn.Module):
 
 def apply(params: Any, tokens: jax.Array, config: Config = Config()) -> jax.Array:
     """The model as a function of params and token ids."""
-    return Llama(config).apply({"params": params}, tokens)
+    logits: Any = Llama(config).apply({"params": params}, tokens)
+    return logits
 
 
 def gguf_file(wheel: Path) -> Path:
