@@ -1,13 +1,15 @@
 """Prunes made-up checkpoints of shards from the command line: time and memory, and what faults leave behind.
 
-    python -m benchmarks.checkpoints                # 90 MB in three shards, and faults
+    python -m benchmarks.checkpoints                # 96 MB in three shards, and faults
     python -m benchmarks.checkpoints --large 4      # and a checkpoint of 4 GB in shards of 1 GB
+    python -m benchmarks.checkpoints --judge /elsewhere/bin/python  # Transformers write the shards and load the outputs
 
 Times stand beside a bare copy of the same files, flushed to the disk as the command line's output is. Memory is the
 peak of the whole process, and beyond that of one which prunes a single small tensor. Faults: interrupts at random
-moments, and files that may not grow beyond a size, as on a full disk.
+moments from the start on, files that may not grow beyond a size, as on a full disk, and indices that lie.
 """
 
+import json
 import os
 import random
 import shutil
@@ -24,7 +26,7 @@ import numpy as np
 import safetensors.numpy
 from rich.console import Console
 
-from benchmarks import harness
+from benchmarks import harness, hostile
 from benchmarks.files import MB, prunax
 from prunax import export
 
@@ -37,6 +39,23 @@ FULL = (
     "import resource, runpy, sys; n = int(sys.argv.pop(1)); resource.setrlimit(resource.RLIMIT_FSIZE, (n, n)); "
     "runpy.run_module('prunax', run_name='__main__')"
 )
+# A model of 90 MB as Transformers write it, in one file and in three shards.
+MODEL = """
+import sys, torch, transformers
+torch.manual_seed(0)
+sizes = dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=8, vocab_size=2000)
+model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+model.save_pretrained(sys.argv[1], max_shard_size="1GB")
+model.save_pretrained(sys.argv[2], max_shard_size="32MB")
+"""
+JUDGE = """
+import json, sys, torch, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
+zeros = sum(int((p == 0).sum()) for p in model.state_dict().values())
+finite = bool(torch.isfinite(model(torch.arange(8)[None]).logits).all())
+versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+print(json.dumps({"class": type(model).__name__, "zeros": zeros, "finite": finite} | versions))
+"""
 
 
 def make(path: Path, nbytes: int, shard: int | None, side: int = 2048) -> Path:
@@ -72,11 +91,25 @@ def same_zeros(file: Path, folder: Path) -> bool:
     )
 
 
-def sharded(folder: Path) -> list[dict[str, Any]]:
-    """90 MB as one file and in three shards."""
+def judged(judge: Path, folder: Path) -> dict[str, Any]:
+    """What `from_pretrained` makes of a folder."""
+    command = [judge, "-c", JUDGE, folder]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = json.loads(result.stdout.splitlines()[-1])
+    stored = sum(int((a == 0).sum()) for a in hostile.load(folder).values())
+    return found | {"zeros in the files": stored}
+
+
+def sharded(folder: Path, judge: Path | None) -> list[dict[str, Any]]:
+    """The same model as one file and in three shards."""
     one, three = folder / "one.safetensors", folder / "three"
-    make(one, 96 * MB, None)
-    make(three, 96 * MB, 32 * MB + 1)
+    if judge is None:
+        make(one, 96 * MB, None)
+        make(three, 96 * MB, 32 * MB + 1)
+    else:
+        subprocess.run([judge, "-c", MODEL, folder / "one", three], check=True, capture_output=True)
+        one = folder / "one" / "model.safetensors"
+    largest = max(a.nbytes for a in safetensors.numpy.load_file(one).values())
     small = make(folder / "small.safetensors", 4 * 64, None, 8)
     baseline = prunax("prune", small, folder / "s.safetensors", "--sparsity", "0.5")[0]
     rows = []
@@ -84,14 +117,16 @@ def sharded(folder: Path) -> list[dict[str, Any]]:
         out, outs = folder / "out.safetensors", folder / "out"
         peak, seconds, _ = prunax("prune", one, out, "--overwrite", *options)
         peaks, longer, _ = prunax("prune", three, outs, "--overwrite", *options)
-        assert len(list(outs.glob("*.safetensors"))) == 3
+        assert len(list(outs.glob("*.safetensors"))) == len(list(three.glob("*.safetensors"))) >= 3
         rows.append(
             {
                 "options": name,
                 "same_zeros": same_zeros(out, outs),
                 "peak_file": peak - baseline,
                 "peak_folder": peaks - baseline,
-                "tensor": 16 * MB,
+                "tensor": largest,
+                "size": sum(f.stat().st_size for f in three.glob("*.safetensors")),
+                "from_pretrained": None if judge is None else judged(judge, outs),
                 "seconds_file": seconds,
                 "seconds_folder": longer,
             }
@@ -124,7 +159,7 @@ def faults(folder: Path, moments: int = 20) -> list[dict[str, Any]]:
     rows = []
     for i in range(moments):
         number = (signal.SIGINT, signal.SIGTERM)[i % 2]
-        after = rng.uniform(0.1, whole)
+        after = rng.uniform(0.0, whole)
         process = subprocess.Popen(
             [sys.executable, "-m", "prunax", *args],
             stderr=subprocess.PIPE,
@@ -140,7 +175,7 @@ def faults(folder: Path, moments: int = 20) -> list[dict[str, Any]]:
             {
                 "fault": f"{number.name} after {after:.2f} s",
                 "code": process.returncode,
-                "printed": said,
+                "printed": said.splitlines()[-1] if said else "",
                 "left": "the whole output" if done else ", ".join(left),
             }
         )
@@ -167,24 +202,51 @@ def faults(folder: Path, moments: int = 20) -> list[dict[str, Any]]:
             {
                 "fault": f"files of at most {size / MB:.1f} MB",
                 "code": result.returncode,
-                "printed": result.stderr.strip().replace(str(folder), ""),
+                "printed": result.stderr.strip().replace(f"{folder}/", ""),
                 "left": ", ".join(os.listdir(work)),
             }
         )
+    for case in hostile.INDICES:
+        model = make(folder / "hostile", 12 * 256, 4 * 256, 8)
+        hostile.change(model, case)
+        command = [
+            sys.executable,
+            "-m",
+            "prunax",
+            "prune",
+            model,
+            work / "out",
+            "--sparsity",
+            "0.5",
+        ]
+        result = subprocess.run(command, capture_output=True, text=True)
+        rows.append(
+            {
+                "fault": f"index: {case}",
+                "code": result.returncode,
+                "printed": result.stderr.strip().replace(f"{folder}/", ""),
+                "left": ", ".join(os.listdir(work)),
+            }
+        )
+        shutil.rmtree(model)
     return rows
 
 
 def main() -> None:
     parser = harness.parser("checkpoints", __doc__)
     parser.add_argument("--large", type=float, default=0, help="size of one more checkpoint, in GB")
+    parser.add_argument("--judge", type=Path, help="a Python that has Transformers and PyTorch")
     args = parser.parse_args()
+    command = "python -m benchmarks.checkpoints"
+    command += f" --large {args.large:g}" if args.large else ""
+    command += " --judge PYTHON" if args.judge else ""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         content = harness.content(
-            "python -m benchmarks.checkpoints" + (f" --large {args.large:g}" if args.large else ""),
-            large=large(folder, args.large) if args.large else [],
-            sharded=sharded(folder),
+            command,
+            sharded=sharded(folder, args.judge),
             faults=faults(folder),
+            large=large(folder, args.large) if args.large else [],
         )
     head = "`prunax prune` on folders of shards"
     harness.publish(args.out / "checkpoints.json", head, content, tables, Console())
@@ -196,6 +258,12 @@ def tables(content: Mapping[str, Any]) -> dict[str, harness.Table]:
     def mb(number: int) -> str:
         return f"{number / MB:.0f}"
 
+    def verdict(found: Mapping[str, Any] | None) -> str:
+        if found is None:
+            return "not tried"
+        good = found["finite"] and found["zeros"] == found["zeros in the files"]
+        return f"{found['class']} {found['transformers']}" if good else "NO"
+
     rows = [
         [
             r["options"],
@@ -204,11 +272,16 @@ def tables(content: Mapping[str, Any]) -> dict[str, harness.Table]:
             mb(r["peak_folder"]),
             f"{r['seconds_file']:.1f}",
             f"{r['seconds_folder']:.1f}",
+            verdict(r["from_pretrained"]),
         ]
         for r in content["sharded"]
     ]
-    columns = "options,same zeros,file MB,folder MB,file s,folder s".split(",")
-    title = "96 MB as a file and in three shards; memory beyond a run on one small tensor"
+    columns = "options,same zeros,file MB,folder MB,file s,folder s,from_pretrained".split(",")
+    first = content["sharded"][0]
+    title = (
+        f"{mb(first['size'])} MB as a file and in shards, the largest tensor {mb(first['tensor'])} MB; "
+        f"memory beyond a run on one small tensor"
+    )
     faults = [
         [r["fault"], str(r["code"]), r["printed"], r["left"] or "nothing"]
         for r in content["faults"]

@@ -18,6 +18,7 @@ from pathlib import Path
 from benchmarks import (
     accelerator,
     budgets,
+    checkpoints,
     front,
     limits,
     llm,
@@ -43,6 +44,7 @@ SOURCES = {
     "sharded": sharded.tables,
     "structured": structured.tables,
     "packed": packed.tables,
+    "checkpoints": checkpoints.tables,
     "llm": llm.tables,
     "zoo": zoo.tables,
 }

@@ -17,14 +17,9 @@ Shape = tuple[int, ...]
 
 
 def packed_shape(shape: Shape) -> Shape:
-    """Shape of the bytes that hold a bool array.
+    """Shape of the bytes that hold a bool array: the packing axis is divided by eight, rounded up.
 
-    Args:
-        shape: Shape of the bool array.
-
-    Returns:
-        The shape with the packing axis divided by eight, rounded up. The packing axis wastes the fewest bytes, and is
-        the minor one only where that is the better by far (a lone axis, or short leading ones).
+    It is the axis that wastes the fewest bytes, and the minor one only where that is the better by far.
 
     Examples:
         >>> import prunax
@@ -38,13 +33,7 @@ def packed_shape(shape: Shape) -> Shape:
 
 
 def pack_bits(mask: jax.Array) -> jax.Array:
-    """Pack a bool array into bytes.
-
-    Args:
-        mask: Bool array of any shape. A 0-d one is returned as it is.
-
-    Returns:
-        uint8 array of shape ``packed_shape(mask.shape)``.
+    """Pack a bool array into uint8 of shape ``packed_shape(mask.shape)``. A 0-d one is returned as it is.
 
     Examples:
         >>> import jax.numpy as jnp, prunax
@@ -69,14 +58,7 @@ def pack_bits(mask: jax.Array) -> jax.Array:
 
 
 def unpack_bits(packed: jax.Array, shape: Shape) -> jax.Array:
-    """Unpack bytes into a bool array.
-
-    Args:
-        packed: uint8 array from `pack_bits`, or a 0-d bool array, which is returned as it is.
-        shape: Shape of the bool array, static.
-
-    Returns:
-        The bool array.
+    """Unpack what `pack_bits` made of a bool array of a shape.
 
     Examples:
         >>> import jax.numpy as jnp, prunax

@@ -20,6 +20,8 @@ import safetensors
 import safetensors.numpy
 
 import prunax
+from benchmarks import hostile
+from benchmarks.hostile import load
 from prunax import export
 from prunax.cli import main
 
@@ -75,14 +77,6 @@ def model(tmp_path) -> Path:
 
 def run(*args: Any) -> int:
     return main([str(a) for a in args])
-
-
-def load(folder: Path) -> dict[str, np.ndarray]:
-    """All shards, by the reference library."""
-    found: dict[str, np.ndarray] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        found |= safetensors.numpy.load_file(file)
-    return found
 
 
 # --- reading and writing --------------------------------------------------------------------------------------------
@@ -190,85 +184,9 @@ def test_what_a_killed_run_left_is_removed_and_what_runs_is_not(tmp_path):
 # --- hostile indices ------------------------------------------------------------------------------------------------
 
 
-def renamed(index: dict[str, Any], shard: Any) -> None:
-    index["weight_map"]["model.norm.weight"] = shard
-
-
-def first_shard(index: dict[str, Any]) -> str:
-    return min(index["weight_map"].values())
-
-
-INDICES: dict[str, tuple[Any, str]] = {
-    "text": (lambda i, f: "hello", "cannot be parsed"),
-    "nested": (lambda i, f: "[" * 100_000, "nested too deep"),
-    "list": (lambda i, f: [], "must hold a JSON object"),
-    "name twice": (lambda i, f: '{"weight_map": {"a": "x", "a": "y"}}', "'a' appears twice"),
-    "no map": (lambda i, f: {"metadata": {}}, "must have a weight_map"),
-    "empty map": (lambda i, f: {"weight_map": {}}, "must have a weight_map"),
-    "map of lists": (lambda i, f: renamed(i, ["x"]), "which is no safetensors file"),
-    "another suffix": (lambda i, f: renamed(i, "model.bin"), "which is no safetensors file"),
-    "parent": (lambda i, f: renamed(i, "../x.safetensors"), "is not a file of this folder"),
-    "absolute": (lambda i, f: renamed(i, "/x.safetensors"), "is not a file of this folder"),
-    "windows": (lambda i, f: renamed(i, "c:\\x.safetensors"), "is not a file of this folder"),
-    "dot": (lambda i, f: renamed(i, "./" + first_shard(i)), "is not a file of this folder"),
-    "terminal": (lambda i, f: renamed(i, "\x1b[2J.safetensors"), "which is no safetensors file"),
-    "missing shard": (lambda i, f: renamed(i, "x.safetensors"), "names the shard 'x.safetensors'"),
-    "folder as shard": (
-        lambda i, f: (renamed(i, "d.safetensors"), (f / "d.safetensors").mkdir())[0],
-        "names the shard 'd.safetensors'",
-    ),
-    "shard under two names": (
-        lambda i, f: (
-            renamed(i, "y.safetensors"),
-            os.link(f / first_shard(i), f / "y.safetensors"),
-        )[0],
-        "are one file",
-    ),
-    "tensor in two shards": (
-        lambda i, f: safetensors.numpy.save_file(load(f), f / first_shard(i)),
-        "is in two shards",
-    ),
-    "tensor elsewhere": (
-        lambda i, f: renamed(
-            i,
-            next(x for x in i["weight_map"].values() if x != i["weight_map"]["model.norm.weight"]),
-        ),
-        "where it is not",
-    ),
-    "tensor missing": (
-        lambda i, f: i["weight_map"].update({"ghost": first_shard(i)}),
-        "says that 'ghost' is in",
-    ),
-    "tensor not named": (
-        lambda i, f: i["weight_map"].pop("model.norm.weight") and None,
-        "does not name",
-    ),
-    "size that lies": (lambda i, f: i["metadata"].update(total_size=7), "claims 7 bytes"),
-    "size of another type": (lambda i, f: i["metadata"].update(total_size="7"), "claims '7' bytes"),
-    "shard cut short": (
-        lambda i, f: (
-            (f / first_shard(i)).write_bytes((f / first_shard(i)).read_bytes()[:-1]) and None
-        ),
-        "is not a valid safetensors file",
-    ),
-    "compressed shard": (
-        lambda i, f: (
-            os.remove(f / first_shard(i)),
-            export.save_params(f / first_shard(i), {"a": np.ones(2)}),
-        )[1],
-        "never one of several shards",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", INDICES)
+@pytest.mark.parametrize("case", hostile.INDICES)
 def test_hostile_index(model, capsys, case):
-    change, problem = INDICES[case]
-    file = model / "model.safetensors.index.json"
-    index = json.loads(file.read_text())
-    changed = change(index, model)
-    changed = index if changed is None else changed
-    file.write_text(changed if isinstance(changed, str) else json.dumps(changed))
+    problem = hostile.change(model, case)
     with pytest.raises(export.FormatError, match=problem):
         export.open_checkpoint(model)
     out = model.parent / "out"

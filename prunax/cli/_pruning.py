@@ -18,7 +18,7 @@ from prunax.export._checkpoints import Checkpoint, Tensor, in_order
 
 __all__ = ["Masks", "Request"]
 
-_PIECE = 1 << 20  # elements inspected at at once
+_PIECE = 1 << 20  # elements looked at at once
 _SLAB = 1 << 20  # elements ranked at once, where the pattern allows it
 _PAIRWISE = 16  # groups up to this length are ranked without compiling anything
 

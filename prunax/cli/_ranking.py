@@ -14,7 +14,7 @@ __all__ = ["Cut"]
 
 Read = Callable[[], Iterable[np.ndarray]]
 
-_PIECE = 1 << 19  # elements inspected at at once
+_PIECE = 1 << 19  # elements looked at at once
 _BINS = 1 << 16
 
 
@@ -41,16 +41,7 @@ def common_dtype(dtypes: Iterable[np.dtype]) -> np.dtype:
 
 
 def find_cut(read: Read, dtype: np.dtype, num_pruned: int) -> Cut:
-    """Find the cut that prunes a given number of weights.
-
-    Args:
-        read: Called for each pass, gives the tensors of the pool in order.
-        dtype: From `common_dtype`.
-        num_pruned: How many weights to prune, at most as many as there are.
-
-    Returns:
-        The `Cut`.
-    """
+    """Find the cut that prunes a given number of weights; `read` gives the pool's tensors in order, for each pass."""
     if num_pruned == 0:
         return Cut(dtype, -1, 0)
     prefix, rank, ties = 0, num_pruned, 0
@@ -71,15 +62,7 @@ def find_cut(read: Read, dtype: np.dtype, num_pruned: int) -> Cut:
 
 
 def apply_cut(array: np.ndarray, cut: Cut) -> tuple[np.ndarray, Cut]:
-    """Say which weights of a tensor are kept.
-
-    Args:
-        array: The next tensor of the pool.
-        cut: The cut, as the tensors before left it.
-
-    Returns:
-        A bool mask, True = kept, and the cut for the next tensor.
-    """
+    """Say which weights of a pool's next tensor are kept (True), and the cut for the one after it."""
     mask = np.empty(array.size, np.bool_)
     position, left = 0, cut.kept_ties
     for keys in _keys(array, cut.dtype):
@@ -97,17 +80,7 @@ def apply_cut(array: np.ndarray, cut: Cut) -> tuple[np.ndarray, Cut]:
 
 
 def largest_in_groups(array: np.ndarray, axis: int, group: int, num_pruned: int) -> np.ndarray:
-    """Rank within groups of neighbours, by comparing all pairs of each.
-
-    Args:
-        array: A tensor, or a slab of one.
-        axis: The axis along which groups run, not negative.
-        group: Length of a group.
-        num_pruned: Weights to prune in each.
-
-    Returns:
-        A bool mask, True = kept.
-    """
+    """Rank within groups of neighbours along an axis, by comparing all pairs; the mask, True = kept."""
     dtype = common_dtype([array.dtype])
     keys = np.concatenate([*_keys(np.ascontiguousarray(array), dtype)] or [array]).reshape(
         *array.shape[:axis], -1, group, *array.shape[axis + 1 :]

@@ -72,23 +72,15 @@ class FormatError(ValueError):
 
 
 class Entry(NamedTuple):
-    """Where a tensor lies in a file.
+    """Where a tensor lies in a file: bytes are counted from the end of the header."""
 
-    Attributes:
-        dtype: The format's name of the dtype: ``F32``, ``BF16``.
-        shape: Shape.
-        start: First byte, counted from the end of the header.
-        stop: Byte behind the last one.
-    """
-
-    dtype: str
+    dtype: str  # as the format calls it: F32, BF16
     shape: tuple[int, ...]
     start: int
     stop: int
 
     @property
     def nbytes(self) -> int:
-        """Number of bytes."""
         return self.stop - self.start
 
 
@@ -212,17 +204,7 @@ class Reader:
             yield chunk
 
     def read(self, name: str) -> np.ndarray:
-        """Read a tensor.
-
-        Args:
-            name: One of `entries`.
-
-        Returns:
-            A NumPy array of its shape and dtype, in memory of its own.
-
-        Raises:
-            FormatError: If the dtype is one that NumPy cannot hold, narrower than a byte.
-        """
+        """Read a tensor into memory of its own; FormatError for a dtype that NumPy has not, narrower than a byte."""
         entry = self.entries[name]
         if entry.dtype not in DTYPES:
             raise FormatError(
@@ -241,11 +223,7 @@ class Reader:
         return array.view(DTYPES[entry.dtype]).reshape(entry.shape)
 
     def verify(self) -> None:
-        """Compare the whole file with the SHA-256 that prunax put into it.
-
-        Raises:
-            FormatError: If they differ, or there is none.
-        """
+        """Compare the whole file with the SHA-256 that prunax put into it; FormatError if they differ."""
         digest = self.metadata.get(DIGEST, "")
         hidden = self._header.replace(_digest_field(digest), _digest_field(_NO_DIGEST))
         if len(digest) != 64 or self._header.count(_digest_field(digest)) != 1:
@@ -310,14 +288,7 @@ class Writer:
             self._place.discard()
 
     def add(self, name: str, dtype: str, shape: tuple[int, ...], data: Iterable[Any]) -> None:
-        """Write a tensor.
-
-        Args:
-            name: Its name, not used before.
-            dtype: The format's name of its dtype.
-            shape: Its shape.
-            data: Its bytes, in pieces: anything with the buffer protocol.
-        """
+        """Write a tensor, whose bytes come in pieces: anything with the buffer protocol."""
         assert name not in self.entries
         start = self._position
         for piece in data:
@@ -331,11 +302,7 @@ class Writer:
         self.entries[name] = Entry(dtype, tuple(shape), start, self._position)
 
     def finish(self, metadata: Mapping[str, str]) -> None:
-        """Write the header, with a checksum of the file in it if `digest` asked for one.
-
-        Args:
-            metadata: Texts by name.
-        """
+        """Write the header, with a checksum of the file in it if `digest` asked for one."""
         metadata = dict(metadata) | ({DIGEST: _NO_DIGEST} if self._sha else {})
         header = _header(self.entries, metadata).ljust(self.room)
         assert len(header) == self.room, (len(header), self.room)
@@ -353,16 +320,7 @@ class Writer:
 def header_room(
     entries: Mapping[str, Entry], metadata: Mapping[str, str], *, digest: bool = True
 ) -> int:
-    """Count the bytes of a header.
-
-    Args:
-        entries: The tensors to be, by name.
-        metadata: The metadata to be.
-        digest: Whether the checksum will be among them.
-
-    Returns:
-        The length of the header. One whose numbers and texts are no longer than these fits in it.
-    """
+    """Count the bytes of a header. One whose numbers and texts are no longer than these fits in it."""
     extra = {DIGEST: _NO_DIGEST} if digest else {}
     return len(_header(entries, dict(metadata) | extra))
 
@@ -395,11 +353,7 @@ def _sha256(data: Iterable[bytes], header: bytes) -> str:
 
 
 def parse_json(text: str) -> Any:
-    """Parse JSON from a stranger: each name once, no half characters, no depth that overflows the stack.
-
-    Raises:
-        ValueError: If it is anything else.
-    """
+    """Parse JSON from a stranger; ValueError for a name twice, half characters, or depth that overflows the stack."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)

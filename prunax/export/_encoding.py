@@ -28,42 +28,12 @@ DTYPES["complex128"] = np.dtype(np.complex128)
 
 
 def pack_bits(mask: np.ndarray) -> np.ndarray:
-    """Pack bools into bytes.
-
-    Args:
-        mask: Bool array of any shape.
-
-    Returns:
-        uint8 array of one axis: the elements in row-major order, eight a byte, the first in the lowest bit.
-
-    Examples:
-        >>> import numpy as np
-        >>> from prunax.export import _encoding
-        >>> _encoding.pack_bits(np.array([True, False, True])).tolist()
-        [5]
-    """
+    """The elements in row-major order as bits of uint8, eight a byte, the first in the lowest."""
     return np.packbits(mask.reshape(-1), bitorder="little")
 
 
 def unpack_bits(packed: np.ndarray, shape: Shape) -> np.ndarray:
-    """Undo `pack_bits`.
-
-    Args:
-        packed: uint8 array of one axis, of ``ceil(size / 8)`` bytes.
-        shape: Shape of the bools.
-
-    Returns:
-        The bool array.
-
-    Raises:
-        ValueError: If the number of bytes is wrong, or a bit behind the last element is set.
-
-    Examples:
-        >>> import numpy as np
-        >>> from prunax.export import _encoding
-        >>> _encoding.unpack_bits(np.array([5], np.uint8), (3,)).tolist()
-        [True, False, True]
-    """
+    """Undo `pack_bits`; ValueError if the number of bytes is wrong, or a bit behind the last element is set."""
     size = math.prod(shape)
     if packed.shape != (-(-size // 8),):
         raise ValueError(f"{packed.size} bytes of bits, {-(-size // 8)} are needed for {shape}")
@@ -73,32 +43,12 @@ def unpack_bits(packed: np.ndarray, shape: Shape) -> np.ndarray:
 
 
 def encoded_size(array: np.ndarray) -> int:
-    """Count the bytes that `encode` makes of an array.
-
-    Args:
-        array: Array of any shape and dtype.
-
-    Returns:
-        The number of bytes.
-
-    Examples:
-        >>> import numpy as np
-        >>> from prunax.export import _encoding
-        >>> _encoding.encoded_size(np.zeros(64, np.float32))
-        8
-    """
+    """How many bytes `encode` makes of an array."""
     return _size(array.size, int(np.count_nonzero(_patterns(array))), array.dtype.itemsize)
 
 
 def encode(array: np.ndarray) -> list[np.ndarray]:
-    """Turn an array into bits and kept elements.
-
-    Args:
-        array: Array of any shape and dtype, of an element size of 1, 2, 4, 8 or 16 bytes.
-
-    Returns:
-        Pieces of bytes: one bit an element (1 = not all zero bits), filled up to eight bytes; the elements that are not
-        zero, in row-major order; zeros up to a multiple of eight.
+    """Turn an array of elements of 1, 2, 4, 8 or 16 bytes into bits and kept elements, each filled up to eight bytes.
 
     Examples:
         >>> import numpy as np
@@ -114,26 +64,7 @@ def encode(array: np.ndarray) -> list[np.ndarray]:
 
 
 def decode(data: np.ndarray, shape: Shape, dtype: np.dtype) -> np.ndarray:
-    """Undo `encode`.
-
-    Args:
-        data: uint8 array of one axis.
-        shape: Shape of the array.
-        dtype: Its dtype.
-
-    Returns:
-        The array, bit for bit.
-
-    Raises:
-        ValueError: If the bytes are not what `encode` makes of any array of this shape and dtype.
-
-    Examples:
-        >>> import numpy as np
-        >>> from prunax.export import _encoding
-        >>> w = np.array([[0.0, -0.0], [2.0, np.nan]], np.float32)
-        >>> _encoding.decode(np.concatenate(_encoding.encode(w)), w.shape, w.dtype).tobytes() == w.tobytes()
-        True
-    """
+    """Undo `encode`, bit for bit; ValueError if the bytes are not what it makes of an array of this shape and dtype."""
     size, itemsize = math.prod(shape), dtype.itemsize
     end = -(-size // 8)
     if data.size < end:

@@ -87,15 +87,7 @@ class ArrayWriter:
         metadata: Mapping[str, str],
         overwrite: bool = False,
     ) -> None:
-        """Begin a file.
-
-        Args:
-            path: The file.
-            leaves: Name -> shape and dtype of every array to come.
-            kind: See above.
-            metadata: More texts for the header.
-            overwrite: Whether a file there may be replaced.
-        """
+        """Begin a file of arrays whose shapes and dtypes are known by name, with more texts for its header."""
         _check_names(path, leaves)
         self.kind = kind
         self._leaves = dict(leaves)
@@ -241,17 +233,7 @@ class ArrayReader:
         return Stored(how, dtype, tuple(shape))
 
     def read(self, name: str) -> np.ndarray:
-        """Read an array.
-
-        Args:
-            name: One of `leaves`.
-
-        Returns:
-            The array, bit for bit as it was written.
-
-        Raises:
-            FormatError: If its bytes make no such array.
-        """
+        """Read an array, bit for bit as it was written; FormatError if its bytes make no such array."""
         stored = self.leaves[name]
         data = self.reader.read(name)
         if stored.encoding == "plain":
