@@ -36,6 +36,7 @@ test: lint  ## Lint, type check, and run the tests.
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 notebooks: $(VENV)/.notebooks  ## Execute the notebooks in their fast mode.
+	-$(BIN)/python -c "from benchmarks import datasets; datasets.load('fashion_mnist')"  # else digits
 	PRUNAX_FAST=1 $(BIN)/python colab/execute.py $(NOTEBOOKS)
 
 lint: $(VENV)/.all  ## Check lint, format and types.

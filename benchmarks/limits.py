@@ -24,9 +24,9 @@ def tables(results: Path) -> dict[str, harness.Table]:
         if file.is_file():
             for what, limit, least, found, peers in job(json.loads(file.read_text())):
                 times = f"{_time(least)}", f"{_time(found)}", f"{found / least:.2f}"
-                rows.append((what, limit, *times, peers, f"`{name}`"))
-    columns = ("job", "limit", "at least", "found", "ratio", "peers", "`python -m benchmarks.`")
-    made = {"limits": harness.Table(columns, rows, text=2)}
+                rows.append((what, limit, peers, *times, f"`{name}`"))
+    columns = ("job", "limit", "peers", "at least", "found", "ratio", "script")
+    made = {"limits": harness.Table(columns, rows, text=3)}
     selection = results / "selection.json"
     if selection.is_file():
         made["limits/size"] = _growth(json.loads(selection.read_text()))

@@ -29,13 +29,10 @@ class Config:
     hidden: int = 1536
     heads: int = 9
     kv_heads: int = 3
+    head_width: int = 64
     vocabulary: int = 49152
     rope_base: float = 100_000.0
     epsilon: float = 1e-5
-
-    @property
-    def head_width(self) -> int:
-        return self.width // self.heads
 
 
 def rotate(x: jax.Array, base: float) -> jax.Array:
@@ -111,9 +108,10 @@ class Llama(nn.Module):
         return embedding.attend(nn.RMSNorm(c.epsilon, name="norm")(x))
 
 
-def apply(params: Any, tokens: jax.Array) -> jax.Array:
+def apply(params: Any, tokens: jax.Array, config: Config = Config()) -> jax.Array:
     """The model as a function of params and token ids."""
-    return Llama().apply({"params": params}, tokens)
+    logits: Any = Llama(config).apply({"params": params}, tokens)
+    return logits
 
 
 def gguf_file(wheel: Path) -> Path:

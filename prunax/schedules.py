@@ -25,11 +25,11 @@ class Schedule(Protocol):
         """The final sparsity, a number in [0, 1]."""
         ...
 
-    def __call__(self, step: int | jax.Array) -> Any:
+    def __call__(self, step: int | jax.Array) -> float | jax.Array:
         """The sparsity of the masks computed at `step`, in [0, 1]."""
         ...
 
-    def is_update_step(self, step: int | jax.Array) -> Any:
+    def is_update_step(self, step: int | jax.Array) -> bool | jax.Array:
         """Whether masks are recomputed at `step`, a bool scalar."""
         ...
 
@@ -68,10 +68,10 @@ class _Constant:
     target: float
     every: int | None = None
 
-    def __call__(self, step: int | jax.Array) -> Any:
+    def __call__(self, step: int | jax.Array) -> float | jax.Array:
         return _where(step == step, self.target, 0.0)
 
-    def is_update_step(self, step: int | jax.Array) -> Any:
+    def is_update_step(self, step: int | jax.Array) -> bool | jax.Array:
         return step == 0 if self.every is None else step % self.every == 0
 
 
@@ -104,10 +104,10 @@ class _OneShot:
     target: float
     step: int
 
-    def __call__(self, step: int | jax.Array) -> Any:
+    def __call__(self, step: int | jax.Array) -> float | jax.Array:
         return _where(step >= self.step, self.target, 0.0)
 
-    def is_update_step(self, step: int | jax.Array) -> Any:
+    def is_update_step(self, step: int | jax.Array) -> bool | jax.Array:
         return step == self.step
 
 
@@ -170,7 +170,7 @@ class _Polynomial:
     power: float = 3
     initial: float = 0.0
 
-    def __call__(self, step: int | jax.Array) -> Any:
+    def __call__(self, step: int | jax.Array) -> float | jax.Array:
         remaining = 1 - (step - self.begin_step) / (self.end_step - self.begin_step)
         inside = (step >= self.begin_step) & (step < self.end_step)
         base = _where(
@@ -179,7 +179,7 @@ class _Polynomial:
         value = self.target + (self.initial - self.target) * base**self.power
         return _where(step >= self.begin_step, value, 0.0)
 
-    def is_update_step(self, step: int | jax.Array) -> Any:
+    def is_update_step(self, step: int | jax.Array) -> bool | jax.Array:
         due = ((step - self.begin_step) % self.every == 0) | (step == self.end_step)
         return due & (step >= self.begin_step) & (step <= self.end_step)
 
@@ -236,12 +236,12 @@ class _Alternating:
     compressed_steps: int
     dense_steps: int
 
-    def __call__(self, step: int | jax.Array) -> Any:
+    def __call__(self, step: int | jax.Array) -> float | jax.Array:
         phase = (step - self.begin_step) % (self.compressed_steps + self.dense_steps)
         compressed = (step >= self.end_step) | (phase < self.compressed_steps)
         return _where((step >= self.begin_step) & compressed, self.target, 0.0)
 
-    def is_update_step(self, step: int | jax.Array) -> Any:
+    def is_update_step(self, step: int | jax.Array) -> bool | jax.Array:
         phase = (step - self.begin_step) % (self.compressed_steps + self.dense_steps)
         due = (step < self.end_step) & ((phase == 0) | (phase == self.compressed_steps))
         return (step >= self.begin_step) & (due | (step == self.end_step))

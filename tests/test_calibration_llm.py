@@ -12,7 +12,7 @@ from benchmarks import llm, smollm
 from prunax import calibration, patterns
 
 CONFIG = smollm.Config(
-    layers=3, width=24, hidden=40, heads=6, kv_heads=2, vocabulary=50, rope_base=100.0
+    layers=3, width=24, hidden=40, heads=6, kv_heads=2, head_width=4, vocabulary=50, rope_base=100.0
 )
 
 

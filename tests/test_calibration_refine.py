@@ -113,6 +113,24 @@ def test_stacks_as_layers_one_by_one(dense, batches, pruned, blocks):
     assert_equal(rows.params, stacked(plain.params))
 
 
+def test_names_of_a_checkpoint(dense, batches):
+    flat = {f"model.layers.{i}.{n}": x for i, p in enumerate(dense["layers"]) for n, x in p.items()}
+    flat |= {name: dense[name] for name in ("embed", "out")}
+
+    def fn(params, tokens):
+        layers = [
+            {n: params[f"model.layers.{i}.{n}"] for n in ("scale", "up", "down")} for i in range(3)
+        ]
+        return unrolled(params | {"layers": layers}, tokens)
+
+    pruned = calibration.wanda(fn, flat, batches, 0.5)
+    refined = calibration.refine(
+        fn, *pruned, batches, blocks="model.layers.*", teacher=flat, steps=4
+    )
+    assert [b.name for b in refined.blocks] == [f"model/layers/{i}" for i in range(3)]
+    assert all(b.after < b.before for b in refined.blocks)
+
+
 def test_from_dense_params_and_masks_and_in_low_precision(dense, batches, pruned):
     low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), dense)
     refined = calibration.refine(unrolled, low, pruned.masks, batches, blocks="layers/*")

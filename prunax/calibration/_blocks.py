@@ -154,8 +154,11 @@ def _home(function: str, globs: Globs, path: str, row: tuple[int, ...]) -> str |
 
 
 def _heads(path: str, row: tuple[int, ...]) -> Iterator[str]:
-    """The paths that a weight lies under, the shortest first; a row of a stack is spelled as a part of any."""
-    parts = path.split("/")
+    """The paths that a weight lies under, the shortest first; a row of a stack is spelled as a part of any.
+
+    Names of a checkpoint, ``model.layers.0.mlp.up_proj.weight``, count as paths.
+    """
+    parts = path.replace(".", "/").split("/")
     for n in range(1, len(parts) + 1):
         head = "/".join(parts[:n])
         yield head
@@ -166,6 +169,7 @@ def _heads(path: str, row: tuple[int, ...]) -> Iterator[str]:
 
 def _matches(glob: str, path: str) -> bool:
     # Part by part, so that `layers/*` stands for `layers/3` and not for all that lies below.
+    glob = glob.replace(".", "/")
     ours, theirs = glob.split("/"), path.split("/")
     if glob == path:
         return True

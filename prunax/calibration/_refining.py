@@ -91,10 +91,11 @@ def refine(
         batches: Calibration inputs. All live on the device at once, with what goes into a block and what the dense
             block makes of it; of weights, only one block's are held again, with their optimizer state.
         blocks: What is a block. A glob, each match of which is one, ``"layers/*"``; a row of a stack that
-            `jax.lax.scan` runs over counts as a part of the path, ``layers/3``. Or several globs, each of which is one
-            block, of all that lies below its matches: ``[f"*_{i}" for i in range(30)]``. Or a mapping, from such a
-            glob to that of the teacher's block whose output is wanted: of a shallower network
-            ``{"layers/0": "layers/0", "layers/1": "layers/2"}``. What lies in no block stays as it is.
+            `jax.lax.scan` runs over counts as a part of the path, ``layers/3``, and a dot in a name as a slash. Or
+            several globs, each of which is one block, of all that lies below its matches:
+            ``[f"*_{i}" for i in range(30)]``. Or a mapping, from such a glob to that of the teacher's block whose
+            output is wanted: of a shallower network ``{"layers/0": "layers/0", "layers/1": "layers/2"}``. What lies in
+            no block stays as it is.
         teacher: The dense params, or ``(fn, params)`` where it is another function, as of a smaller network. Left out:
             `params`, which then are dense.
         steps: Gradient steps for each block, a batch each, in order and round again. By default four times through.

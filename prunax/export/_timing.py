@@ -3,11 +3,11 @@
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 
 from prunax import patterns
 from prunax.export._packed import Dense, Packed, check_matrix, pack
@@ -20,7 +20,9 @@ _MARGIN = 0.9
 _LEAST_SECONDS = 0.1
 
 
-def matmul_seconds(weights: Mapping[str, Packed], x: Any, *, repeats: int = 10) -> dict[str, float]:
+def matmul_seconds(
+    weights: Mapping[str, Packed], x: npt.ArrayLike, *, repeats: int = 10
+) -> dict[str, float]:
     """Time ``x @ packed`` for several weights side by side.
 
     Args:
@@ -41,7 +43,7 @@ def matmul_seconds(weights: Mapping[str, Packed], x: Any, *, repeats: int = 10) 
     return {name: statistics.median(own) for name, own in _times(weights, x, repeats).items()}
 
 
-def _times(weights: Mapping[str, Packed], x: Any, repeats: int) -> dict[str, list[float]]:
+def _times(weights: Mapping[str, Packed], x: npt.ArrayLike, repeats: int) -> dict[str, list[float]]:
     if isinstance(x, jax.ShapeDtypeStruct):
         x = np.random.default_rng(0).standard_normal(x.shape).astype(x.dtype)
     x = jnp.asarray(x)
@@ -62,7 +64,7 @@ def _times(weights: Mapping[str, Packed], x: Any, repeats: int) -> dict[str, lis
 def fastest(
     w: jax.Array,
     mask: jax.Array,
-    x: Any,
+    x: npt.ArrayLike,
     *,
     pattern: patterns.Pattern = patterns.Unstructured(),
     repeats: int = 10,

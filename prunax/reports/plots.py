@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 
 from prunax import schedules, trees
 from prunax.reports._summary import summarize
@@ -182,7 +183,7 @@ def schedule(schedule: float | schedules.Schedule, steps: int, *, title: str = "
 def heat_map(
     names: Sequence[str],
     sparsities: Sequence[float],
-    values: Any,
+    values: npt.ArrayLike,
     *,
     label: str = "increase of the loss",
     title: str = "",

@@ -124,7 +124,7 @@ def weighted_l2(
 
 
 def growing_strengths(
-    keep: Keep, step: Any, *, rate: float = 1e-4, every: int = 1, ceiling: float = 1.0
+    keep: Keep, step: chex.Numeric, *, rate: float = 1e-4, every: int = 1, ceiling: float = 1.0
 ) -> dict[AxisGroup, jax.Array]:
     r"""Strengths that grow with the steps on the units to be removed, and are zero on the others.
 
@@ -220,7 +220,7 @@ def soft_threshold_units(
 def proximal_unit_lasso(
     inner: optax.GradientTransformation,
     groups: Sequence[AxisGroup],
-    threshold: float | Callable[[jax.Array], Any],
+    threshold: float | Callable[[jax.Array], chex.Numeric],
     *,
     where: trees.Where = trees.is_kernel,
 ) -> optax.GradientTransformationExtraArgs:

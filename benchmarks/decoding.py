@@ -1,0 +1,102 @@
+"""Greedy decoding of a Llama with a key-value cache, a token at a time, from dense or packed matrices."""
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.smollm import Config
+
+PyTree = Any
+
+
+def weights(params: Any, config: Config, packed: Mapping[str, Any] = {}) -> PyTree:
+    """The params of `smollm.Llama` with every linear layer as a matrix (in, out).
+
+    Args:
+        params: The params.
+        config: Their sizes.
+        packed: Path of a kernel, ``feed_forward_0/up/kernel`` -> what stands in its place, `export.fastest`.
+    """
+    layers = []
+    for i in range(config.layers):
+        own: dict[str, Any] = {}
+        for name, heads in (("attention", "query key value out"), ("feed_forward", "gate up down")):
+            own[f"{name}_norm"] = params[f"{name}_norm_{i}"]["scale"]
+            for kind in heads.split():
+                kernel = params[f"{name}_{i}"][kind]["kernel"]
+                inputs = math.prod(kernel.shape[:-1]) if kind == "out" else kernel.shape[0]
+                path = f"{name}_{i}/{kind}/kernel"
+                own[kind] = packed.get(path, kernel.reshape(inputs, -1))
+        layers.append(own)
+    return {
+        "layers": layers,
+        "norm": params["norm"]["scale"],
+        "embedding": params["embed"]["embedding"],
+    }
+
+
+def normed(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+    """One vector over its root mean square."""
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x)) + epsilon) * scale
+
+
+def turned(x: jax.Array, position: jax.Array, base: float) -> jax.Array:
+    """Rotary positions of heads (heads, d) at one position."""
+    half = x.shape[-1] // 2
+    angle = position.astype(jnp.float32) * base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    cos, sin = jnp.cos(angle)[None], jnp.sin(angle)[None]
+    a, b = x[:, :half], x[:, half:]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def step(
+    w: PyTree, cache: jax.Array, token: jax.Array, position: jax.Array, c: Config
+) -> tuple[jax.Array, jax.Array]:
+    """One token: logits (vocabulary,), and the cache (layers, 2, length, kv heads, d) with its keys and values."""
+    x = w["embedding"][token]
+    before = jnp.arange(cache.shape[2]) <= position
+    for i, own in enumerate(w["layers"]):
+        h = normed(x, own["attention_norm"], c.epsilon)[None]
+        q, k, v = ((h @ own[n]).reshape(-1, c.head_width) for n in ("query", "key", "value"))
+        q, k = (turned(y, position, c.rope_base) for y in (q, k))
+        cache = cache.at[i, :, position].set(jnp.stack([k, v]))
+        q = q.reshape(k.shape[0], -1, c.head_width) * c.head_width**-0.5
+        logits = jnp.einsum("kgd,lkd->kgl", q, cache[i, 0])
+        shares = jax.nn.softmax(jnp.where(before[None, None], logits, -jnp.inf))
+        mixed = jnp.einsum("kgl,lkd->kgd", shares, cache[i, 1])
+        x = x + (mixed.reshape(1, -1) @ own["out"])[0]
+        h = normed(x, own["feed_forward_norm"], c.epsilon)[None]
+        x = x + ((jax.nn.silu(h @ own["gate"]) * (h @ own["up"])) @ own["down"])[0]
+    return w["embedding"] @ normed(x, w["norm"], c.epsilon), cache
+
+
+@functools.partial(jax.jit, static_argnames=("c", "count"))
+def greedy(w: PyTree, prompt: jax.Array, c: Config, count: int) -> jax.Array:
+    """The prompt (length,) and the `count` most likely tokens after it."""
+    length = prompt.shape[0] + count
+    heads = c.kv_heads
+    cache = jnp.zeros((c.layers, 2, length, heads, c.head_width), w["embedding"].dtype)
+    tokens = jnp.concatenate([prompt, jnp.zeros(count, prompt.dtype)])
+
+    def turn(carry: Any, position: jax.Array) -> Any:
+        cache, tokens = carry
+        logits, cache = step(w, cache, tokens[position], position, c)
+        after = jnp.where(
+            position + 1 < prompt.shape[0],
+            tokens[position + 1],
+            jnp.argmax(logits).astype(tokens.dtype),
+        )
+        return (cache, tokens.at[position + 1].set(after)), None
+
+    (_, tokens), _ = jax.lax.scan(turn, (cache, tokens), jnp.arange(length - 1))
+    return tokens
+
+
+def bytes_of_a_step(w: PyTree) -> int:
+    """What a token reads of the weights: all of them, once; the table in the last product."""
+    return sum(np.asarray(x).nbytes for x in jax.tree.leaves(w))
