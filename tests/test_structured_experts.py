@@ -73,7 +73,37 @@ def ragged(p, x, closed):
     return jnp.zeros_like(y).at[order].set(y) * jax.nn.sigmoid(scores.max(-1))[:, None]
 
 
-MIXTURES = [one_hot, gathered, switch, capacity, ragged]
+def _sorted(p, x, closed, order, taken):
+    scores = logits(p, x, closed)
+    chosen = order(scores)[:, taken]
+    h = jax.nn.relu(jnp.einsum("td,tkdf->tkf", x, p["up"][chosen]))
+    y = jnp.einsum("tkf,tkfd->tkd", h, p["down"][chosen])
+    return (jax.nn.softmax(jnp.take_along_axis(scores, chosen, 1))[..., None] * y).sum(1)
+
+
+def first_of_sorted(p, x, closed):
+    return _sorted(p, x, closed, lambda scores: jnp.argsort(-scores), slice(K))
+
+
+def last_of_sorted(p, x, closed):
+    return _sorted(p, x, closed, jnp.argsort, slice(-K, None))
+
+
+def sorted_backwards(p, x, closed):
+    """Twice: the scores reversed before, and their order afterwards."""
+    descending = _sorted(p, x, closed, lambda s: jnp.argsort(s, descending=True), slice(K))
+    return descending + _sorted(p, x, closed, lambda s: jnp.argsort(s)[:, ::-1], slice(K))
+
+
+def approximate(p, x, closed):
+    weights, chosen = lax.approx_max_k(logits(p, x, closed), K)
+    gates = (jax.nn.one_hot(chosen, p["router"].shape[1]) * weights[..., None]).sum(1)
+    h = jax.nn.relu(jnp.einsum("td,edf->tef", x, p["up"]))
+    return jnp.einsum("te,tef,efd->td", gates, h, p["down"])
+
+
+SORTED = [first_of_sorted, last_of_sorted, sorted_backwards]
+MIXTURES = [one_hot, gathered, switch, capacity, ragged, *SORTED, approximate]
 
 
 @pytest.mark.parametrize("mixture", MIXTURES)
@@ -82,7 +112,7 @@ def test_removed_expert_is_one_that_no_token_is_sent_to(mixture):
     group = next(g for g in structured.axis_groups(fn, P, X) if g.size == E)
     assert group.frozen is None
     assert {(m.path, m.axis) for m in group.members} == {("router", 1), ("up", 0), ("down", 0)}
-    assert group.least == (K if mixture in (one_hot, gathered) else 1)
+    assert group.least == (1 if mixture in (switch, capacity, ragged) else K)
     assert not group.preserved  # zero weights would still be chosen
     for left in ([0, 2, 3], [1, 3]):
         keep = {group: left}

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import AxisType, PartitionSpec
 from test_structured import masked
 from zoo import normal
 
@@ -33,6 +34,16 @@ def _largest(h):
     return jax.grad(pooled)(h) * h
 
 
+def _on_each_device(h):
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,))
+    spec = PartitionSpec("d")
+
+    def centred(h):
+        return jnp.tanh(h - lax.pmean(h, "d")) + lax.ppermute(h, "d", [(0, 1), (1, 0)])
+
+    return jax.shard_map(centred, mesh=mesh, in_specs=spec, out_specs=spec)(h)
+
+
 def _some_channels(h):
     part = jax.vmap(lambda h, i: lax.dynamic_slice(h, (0, i), (6, 2)))(h, jnp.array([1, 3]))
     return part @ jnp.ones((2, F))
@@ -48,6 +59,7 @@ USES = {
     "fori_loop with a traced bound": _turns,
     "fft along another axis": lambda h: jnp.fft.fft(h, axis=1).real,
     "psum": lambda h: jax.vmap(lambda r: lax.psum(r, "i"), axis_name="i")(h),
+    "shard_map over examples": _on_each_device,
     "gradient of max pooling": _largest,
     "linear solve": lambda h: jnp.linalg.solve(MATRIX, h),
     "triangular solve": lambda h: jax.scipy.linalg.solve_triangular(MATRIX, h[0], lower=True),
@@ -103,6 +115,56 @@ def test_what_mixes_channels_freezes_them(use, primitive):
 
     group = next(g for g in structured.axis_groups(fn, P, X) if g.name == "up[1]")
     assert primitive in str(group.frozen)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_first_or_last_of_sorted_channels(reverse):
+    """The largest are the largest of those that are left."""
+
+    def fn(p, x, keep=slice(None)):
+        h = jnp.sort((x @ p["up"])[..., keep])
+        return h[..., ::-1][..., :3] if reverse else h[..., -3:]
+
+    group = next(g for g in structured.axis_groups(fn, P, X) if g.name == "up[1]")
+    assert group.frozen is None and group.least == 3 and not group.preserved
+    keep = {group: [0, 2, 5, 6]}
+    small = structured.shrink_function(fn, keep)(structured.shrink(P, keep), X)
+    np.testing.assert_allclose(small, fn(P, X, np.array(keep[group])), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("use", "why"),
+    [
+        (lambda h: jnp.sort(h)[..., 2:5], "sorted by `sort`"),
+        (lambda h: jnp.sort(h)[..., :2] + jnp.sort(h) @ P["down"][:, :2], "sorted by `sort`"),
+        (lambda h: jnp.cumsum(jnp.sort(h), -1)[..., -1], "accumulated from place to place"),
+        (lambda h: (h * h[..., ::-1]).sum(-1), "reversed by `rev`"),
+    ],
+)
+def test_other_uses_of_channels_in_another_order_freeze_them(use, why):
+    def fn(p, x):
+        return use(x @ p["up"] @ p["square"])
+
+    params = {**P, "square": normal(9, F, F)}
+    group = next(g for g in structured.axis_groups(fn, params, X) if g.name == "square[1]")
+    assert why in str(group.frozen)
+
+
+def test_a_layer_of_a_stack_by_a_number_that_is_traced():
+    stack = {"up": normal(0, 3, 5, F), "down": normal(1, 3, F, 5)}
+
+    def fn(p, x):
+        def turn(i, x):
+            up, down = (lax.dynamic_index_in_dim(p[k], i, keepdims=False) for k in ("up", "down"))
+            return x + jnp.tanh(x @ up) @ down
+
+        return lax.fori_loop(0, 3, turn, x)
+
+    small = structured.prune_channels(fn, stack, X, sparsity=0.5)
+    assert small.params["up"].shape == (3, 5, F // 2)
+    keep = {g.name: units for g, units in small.keep.items()}["up[2]"]
+    silent = {**stack, "down": stack["down"] * np.isin(np.arange(F), keep)[:, None]}
+    np.testing.assert_allclose(small.fn(small.params, X), fn(silent, X), rtol=1e-5, atol=1e-5)
 
 
 def test_a_returned_cache_is_named():

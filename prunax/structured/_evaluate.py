@@ -10,9 +10,15 @@ from jax import lax
 from jax.extend.core import JaxprEqn, Literal
 
 from prunax._jaxprs import programs
-from prunax.structured import _axes
+from prunax.structured import _axes, _followers
 from prunax.structured._axes import Axis, Incompatible
-from prunax.structured._rules import SCATTERS, reading, solve_operands, while_operands
+from prunax.structured._rules import (
+    SCATTERS,
+    choosing_axis,
+    reading,
+    solve_operands,
+    while_operands,
+)
 from prunax.structured._walk import Step, Trace, Value, View, walk
 
 __all__: list[str] = []
@@ -81,11 +87,14 @@ def _step(step: Step, keep: Keep, args: Sequence[Any]) -> Sequence[Any]:
     return out if eqn.primitive.multiple_results else [out]
 
 
-def keep_of_axes(kept: Iterable[tuple[Axis, np.ndarray | None]]) -> dict[Axis, np.ndarray]:
+def keep_of_axes(
+    kept: Iterable[tuple[Axis, np.ndarray | None]], followers: Sequence[_followers.Follower]
+) -> dict[Axis, np.ndarray]:
     """From indices along axes to units of atoms.
 
     Args:
         kept: Axes, with the indices that are left of each; None where all are.
+        followers: Axes of the program that are others in another order.
 
     Returns:
         For each atom that shrinks the units that are left.
@@ -112,6 +121,7 @@ def keep_of_axes(kept: Iterable[tuple[Axis, np.ndarray | None]]) -> dict[Axis, n
         left, right = (every if x is None else x for x in (found, indices))
         if not np.array_equal(left, right):
             raise Incompatible
+    _followers.extend(followers, keep)
     return keep
 
 
@@ -216,14 +226,28 @@ def _at_small_size(
     shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
     jaxpr = jax.make_jaxpr(function)(*shapes)
     values = [Value(tuple(View(Axis(n)) for n in shape.shape), data=True) for shape in shapes]
-    trace = walk(reading(), jaxpr, values)
+    state = reading()
+    trace = walk(state, jaxpr, values)
     kept = [
         (new, _axes.kept_indices(old, keep))
         for value, olds in zip(values, where, strict=True)
         for new, old in zip(value.axes, olds, strict=True)
     ]
-    small_keep = keep_of_axes(kept)
+    small_keep = keep_of_axes(kept, state.followers)
     return lambda *args: evaluate(trace, small_keep, args)
+
+
+def _shard_map(step: Step, keep: Keep, args: Sequence[Any]) -> Sequence[Any]:
+    p = step.eqn.params
+    manual = p["newly_manual_axes"] if "newly_manual_axes" in p else p["manual_axes"]
+    return jax.shard_map(
+        lambda *xs: tuple(evaluate(step.inner[0], keep, xs)),
+        mesh=p["mesh"],
+        in_specs=tuple(p["in_specs"]),
+        out_specs=tuple(p["out_specs"]),
+        axis_names=set(manual),
+        check_vma=p["check_vma"],
+    )(*args)
 
 
 def _scan(step: Step, keep: Keep, args: Sequence[Any]) -> Sequence[Any]:
@@ -320,9 +344,9 @@ def _tile(step: Step, keep: Keep, args: Sequence[Any]) -> Sequence[Any]:
 
 def _chosen(step: Step, keep: Keep, args: Sequence[Any]) -> Sequence[Any]:
     """Units are chosen among those that are left, by the numbers that they had."""
-    p, rank = step.eqn.params, len(step.ins[0])
     outs = list(programs.bind(step.eqn, args))
-    axis = p["axes"][0] if "axes" in p else p.get("axis", -1) % rank
+    axis = choosing_axis(step.eqn)
+    assert axis is not None
     kept = _axes.kept_indices(step.ins[0][axis], keep)
     if kept is not None:
         outs[-1] = jnp.asarray(kept, outs[-1].dtype)[outs[-1]]
@@ -366,11 +390,13 @@ def _translated(
 
 _WHOLE = {
     "top_k": _chosen,
+    "approx_top_k": _chosen,
     "argmax": _chosen,
     "argmin": _chosen,
     "gather": _gather,
     **dict.fromkeys(SCATTERS.split(), _scatter),
     "scan": _scan,
+    "shard_map": _shard_map,
     "cond": _cond,
     "while": _while,
     "custom_linear_solve": _custom_linear_solve,

@@ -10,8 +10,9 @@ import numpy as np
 from prunax import trees
 from prunax._jaxprs import programs
 from prunax.reports._tables import rendered
-from prunax.structured import _axes, _scalars, _zeros
+from prunax.structured import _axes, _followers, _scalars, _zeros
 from prunax.structured._axes import Axis, Frozen, Position
+from prunax.structured._followers import Follower
 from prunax.structured._rules import reading
 from prunax.structured._walk import Trace, Value, View, walk
 
@@ -160,6 +161,7 @@ class Analysis(NamedTuple):
         names: Path of each array of it.
         contracted: Axes over which two activations are multiplied.
         least: For atoms of which `top_k` or `argmax` takes some, how many.
+        followers: Axes that are others in another order.
     """
 
     trace: Trace
@@ -170,6 +172,7 @@ class Analysis(NamedTuple):
     names: tuple[str, ...]
     contracted: tuple[Axis, ...]
     least: dict[Axis, int]
+    followers: tuple[Follower, ...]
 
 
 def axis_groups(fn: Callable[..., Any], params: PyTree, *args: Any) -> tuple[AxisGroup, ...]:
@@ -199,6 +202,8 @@ def axis_groups(fn: Callable[..., Any], params: PyTree, *args: Any) -> tuple[Axi
     """
     analysis = analyse(fn, params, *args)
     freeze_outputs(analysis)
+    if analysis.followers:
+        _followers.settle(analysis.followers, _own_axes(analysis.trace, analysis.axes))
     return groups_of(analysis)
 
 
@@ -258,6 +263,7 @@ def analyse(fn: Callable[..., Any], params: PyTree, *args: Any) -> Analysis:
         tuple(trees.paths(out)),
         tuple(state.contracted),
         least,
+        tuple(state.followers),
     )
 
 
@@ -290,6 +296,8 @@ def groups_of(analysis: Analysis) -> tuple[AxisGroup, ...]:
                 members.setdefault(atom, []).append(Member(leaf.path, d, position, role))
     live = frozenset(atom for atom in members if not atom.frozen and atom.size > 1)
     followed = _zeros.follow(analysis.trace, live)
+    # Units that are in another order somewhere are not followed there.
+    followed.remains.update(_axes.find(f.source) for f in analysis.followers)
     constants = _constants(analysis.trace, live)
     contracted = {atom for axis in analysis.contracted for atom in _axes.atoms(axis)} & live
     scales = _scalars.multipliers(analysis.trace) if contracted else set[float]()
@@ -309,6 +317,15 @@ def groups_of(analysis: Analysis) -> tuple[AxisGroup, ...]:
         for atom, places in members.items()
         if atom.size > 1
     )
+
+
+def _own_axes(trace: Trace, params: Sequence[tuple[Axis, ...]] = ()) -> list[Axis]:
+    """Axes of parameters, and of the constants of a program and of those within."""
+    found = [axis for axes in (*params, *trace.consts) for axis in axes]
+    for step in trace.steps:
+        for inner in step.inner:
+            found += _own_axes(inner)
+    return found
 
 
 def _constants(trace: Trace, live: frozenset[Axis]) -> dict[Axis, list[Constant]]:

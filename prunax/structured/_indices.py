@@ -54,15 +54,16 @@ def numbers(
         return (
             [Numbers((ins[0].views[where[0]].axis,), chosen=True)] if len(where) == 1 else nothing
         )
-    if name == "top_k":
-        views = ins[0].views
-        return [None, Numbers((views[eqn.params.get("axis", -1) % len(views)].axis,), chosen=True)]
+    if name in ("top_k", "approx_top_k"):
+        p, views = eqn.params, ins[0].views
+        axis = views[p.get("axis", p.get("reduction_dimension", -1))].axis
+        return [None, Numbers((axis,), chosen=True)]
     if name in calls:
         return [out.numbers for out in outs]
     if not any(value.numbers for value in ins):
         return nothing
     if name == "sort":
-        return [value.numbers for value in ins]
+        return [v.numbers and v.numbers._replace(chosen=True) for v in ins]
     if name in _MOVES or name.startswith("scatter"):
         # An index was looked at where the axes are; what is indexed may be numbers itself.
         kept = ins[0].numbers

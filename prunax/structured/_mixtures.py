@@ -13,7 +13,7 @@ from prunax._jaxprs import programs
 from prunax.structured import _axes
 from prunax.structured._axes import Axis
 from prunax.structured._groups import Analysis, AxisGroup, analyse
-from prunax.structured._rules import REDUCTIONS
+from prunax.structured._rules import REDUCTIONS, choosing_axis
 from prunax.structured._walk import Step, Trace
 
 __all__ = ["expert_importance"]
@@ -165,7 +165,7 @@ class _Reader:
                 note(inside)
             else:
                 outs = self.adapt(step, list(programs.bind(eqn, operands)))
-                if eqn.primitive.name in ("top_k", "argmax", "reduce_max"):
+                if choosing_axis(eqn) is not None or eqn.primitive.name == "reduce_max":
                     beside = {_axes.find(axis) for axis in step.ins[0]}
                     if beside & self.atoms:
                         self.tokens |= beside - self.atoms
@@ -269,7 +269,7 @@ def _beside(trace: Trace, atom: Axis) -> set[Axis]:
     for step in trace.steps:
         for inner in step.inner:
             found |= _beside(inner, atom)
-        if step.eqn.primitive.name in ("top_k", "argmax"):
+        if choosing_axis(step.eqn) is not None:
             here = {_axes.find(axis) for axis in step.ins[0]}
             found |= here - {atom} if atom in here else set()
     return found

@@ -325,12 +325,14 @@ def _nothing_to_prune(whole: Mapping[AxisGroup, str], params: PyTree, where: tre
     selected = set(trees.select(params, where).paths)
     if not selected:
         return f"prune_channels: `where` selects no leaf. The leaves are: {', '.join(trees.paths(params)) or 'none'}."
-    reasons = [
-        f"  {group.name}: {why}"
-        for group, why in whole.items()
+    of_theirs = [group for group in whole if {m.path for m in group.members} & selected]
+    made = [
+        group
+        for group in of_theirs
         if {m.path for m in group.members if m.role == "produces"} & selected
     ]
+    reasons = [f"  {group.name}: {whole[group]}" for group in made or of_theirs]
     return (
         "prune_channels: none of the selected leaves produces an axis that may shrink:\n"
-        + "\n".join(reasons or ["  they produce no axis at all"])
+        + "\n".join(reasons or ["  they have no axis of two units or more"])
     )

@@ -171,7 +171,8 @@ def one_factor_an_axis(
     """Where an axis is a product of groups (heads times their width), which of them leave the shrinking to another.
 
     Half of the heads and half of their width would leave a quarter. The factor that comes nearest to the sparsity
-    shrinks; of equals the slowest, so that whole heads go.
+    shrinks; of equals one that nothing is averaged over (the members of an ensemble are), and the slowest of those, so
+    that whole heads go.
 
     Args:
         groups: Those that may shrink.
@@ -185,9 +186,9 @@ def one_factor_an_axis(
     if not conflicts:
         return {}
 
-    def preference(group: AxisGroup) -> tuple[float, float]:
+    def preference(group: AxisGroup) -> tuple[float, bool, float]:
         slowness = max(member.position.stride for member in group.members)
-        return (round(abs(removed(group) - sparsity), 9), -slowness)
+        return (round(abs(removed(group) - sparsity), 9), bool(group.crosses), -slowness)
 
     left: dict[AxisGroup, AxisGroup] = {}
     for group in sorted(conflicts, key=preference):

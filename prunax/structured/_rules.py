@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from jax.extend.core import JaxprEqn
 
 from prunax._jaxprs import programs
-from prunax.structured import _axes, _indices
+from prunax.structured import _axes, _followers, _indices
 from prunax.structured._axes import Axis, Incompatible
 from prunax.structured._walk import Rule, Value, View, Walk, shape_of, unknown
 
@@ -90,6 +90,32 @@ def _identities(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[Views]:
 @_rule(*programs.CALLS)
 def _call(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> Sequence[Value]:
     return walk.call(programs.called(eqn), ins).outs
+
+
+@_rule("shard_map")
+def _shard_map(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[Value]:
+    """Axes that devices divide keep their size; the others are those of each device's program."""
+    why, program = "divided among devices", programs.called(eqn)
+
+    def divided(views: Views, spec: Sequence[Any], shape: Sequence[int]) -> Views:
+        made = list(views)
+        for d, names in enumerate(spec):
+            if names is not None:
+                walk.freeze([views[d]], why)
+                made[d] = walk.frozen(shape[d], why)
+        return tuple(made)
+
+    inside = [
+        Value(divided(value.views, spec, shape_of(var)), value.data)
+        for value, spec, var in zip(
+            ins, eqn.params["in_specs"], programs.opened(program).invars, strict=True
+        )
+    ]
+    outs = walk.call(program, inside).outs
+    return [
+        Value(divided(value.views, spec, shape_of(var)), value.data)
+        for value, spec, var in zip(outs, eqn.params["out_specs"], eqn.outvars, strict=True)
+    ]
 
 
 @_rule("scan")
@@ -190,8 +216,10 @@ def _expand_dims(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[Views]
 
 @_rule("rev")
 def _rev(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[Views]:
-    walk.freeze([ins[0].views[i] for i in eqn.params["dimensions"]], "reversed")
-    return [ins[0].views]
+    views = list(ins[0].views)
+    for i in eqn.params["dimensions"]:
+        views[i] = walk.follower(views[i].axis, "reversed", mirrored=True)
+    return [tuple(views)]
 
 
 @_rule("iota")
@@ -263,6 +291,14 @@ def _slice(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[Views]:
 
 
 def _range(walk: Walk, view: View, start: int, stop: int, stride: int = 1) -> View:
+    axis, reverse = _followers.unmirrored(walk.followers, view.axis)
+    ranked = _followers.of(walk.followers, axis)
+    at_an_end = (start == 0) != (stop == view.axis.size)
+    if ranked and stride == 1 and at_an_end and ranked.last in (None, (start > 0) != reverse):
+        # The first of what is sorted, or the last: as `top_k` takes.
+        ranked.last = (start > 0) != reverse
+        walk.least.append((ranked.source, stop - start, ranked.why))
+        return walk.frozen(stop - start, "ranked")
     try:
         return View(_axes.strided(view.axis, start, stop, stride), view.origins)
     except Incompatible:
@@ -334,20 +370,24 @@ def _along_axis(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[Views]:
 
 @_rule("sort")
 def _sort(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[Views]:
-    views = _combine(walk, ins)
-    walk.freeze([views[eqn.params["dimension"]]], "sorted")
-    return [views] * len(ins)
+    d = eqn.params["dimension"]
+    # Of arrays that are reversed alike the same comes out, but for the order of equals.
+    plain = [_followers.unmirrored(walk.followers, value.views[d].axis)[0] for value in ins]
+    same = [Value(_replace(v.views, d, View(a))) for v, a in zip(ins, plain, strict=True)]
+    views = _combine(walk, same)
+    if eqn.params["num_keys"] != 1:
+        walk.freeze([views[d]], "sorted")
+        return [views] * len(ins)
+    walk.least.append((views[d].axis, 1, walk.reason("sorted")))
+    return [_replace(views, d, walk.follower(views[d].axis, "sorted", mirrored=False))] * len(ins)
 
 
 @_rule("top_k", "approx_top_k")
 def _top_k(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[Views]:
-    views = ins[0].views
-    axis = eqn.params.get("axis", eqn.params.get("reduction_dimension", -1)) % len(views)
-    k, axis_of = shape_of(eqn.outvars[0])[axis], views[axis].axis
-    if eqn.primitive.name == "top_k":
-        walk.least.append((axis_of, k, walk.reason("its places are ranked")))
-    else:
-        walk.freeze([views[axis]], "its places are ranked and numbered")
+    views, axis = ins[0].views, choosing_axis(eqn)
+    assert axis is not None
+    k = shape_of(eqn.outvars[0])[axis]
+    walk.least.append((views[axis].axis, k, walk.reason("its places are ranked")))
     return [_replace(views, axis, walk.frozen(k, "ranked"))] * len(eqn.outvars)
 
 
@@ -592,14 +632,15 @@ def _overwrite(walk: Walk, view: View, update: View) -> View:
 
 
 @_rule("dynamic_slice")
-def _dynamic_slice(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[Views]:
+def _dynamic_slice(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[Value]:
     out = []
     for view, size in zip(ins[0].views, eqn.params["slice_sizes"], strict=True):
         if size != view.axis.size:
             walk.freeze([view], "indexed")
             view = walk.frozen(size, "indexed")
         out.append(view)
-    return [tuple(out)]
+    # A layer's weights out of a stack are weights, wherever the number comes from.
+    return [Value(tuple(out), ins[0].data)]
 
 
 @_rule("dynamic_update_slice")
@@ -619,6 +660,19 @@ def _random_keys(walk: Walk, eqn: JaxprEqn, ins: Sequence[Value]) -> list[Views]
         walk.freeze(value.views, "random keys")
     shape = shape_of(eqn.outvars[0])
     return [tuple(walk.frozen(n, "random keys") for n in shape)]
+
+
+def choosing_axis(eqn: JaxprEqn) -> int | None:
+    """The axis along which an equation chooses, or ranks, units by number; None for other equations."""
+    p, name = eqn.params, eqn.primitive.name
+    if name in ("argmax", "argmin"):
+        return p["axes"][0] if len(p["axes"]) == 1 else None
+    if name == "sort":
+        return p["dimension"]
+    if name in ("top_k", "approx_top_k"):
+        axis = p.get("axis", p.get("reduction_dimension", -1))
+        return axis % len(shape_of(eqn.invars[0]))
+    return None
 
 
 def _without(views: Sequence[View], gone: Sequence[int]) -> Views:

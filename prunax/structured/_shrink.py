@@ -138,7 +138,7 @@ def _program(
     for leaf, where in zip(analysis.leaves, analysis.axes, strict=True):
         wanted += zip(where, kept.get(leaf.path) or [None] * len(where), strict=True)
     try:
-        keep = keep_of_axes(wanted)
+        keep = keep_of_axes(wanted, analysis.followers)
     except Incompatible:
         raise ValueError(
             f"shrink_function: {getattr(fn, '__name__', 'the function')} ties units together that were to be removed "

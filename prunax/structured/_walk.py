@@ -15,6 +15,7 @@ from jax.extend.source_info_util import summarize
 from prunax._jaxprs import programs
 from prunax.structured import _axes
 from prunax.structured._axes import Axis, Frozen
+from prunax.structured._followers import Follower
 
 __all__: list[str] = []
 
@@ -113,6 +114,7 @@ class Walk:
         roles: For each ``(leaf, axis)`` of the parameters what it does where it meets data: "produces", "consumes".
         contracted: Axes over which two activations are multiplied.
         least: Axes of which so many units are taken, and by what.
+        followers: Axes that are others in another order.
         eqn: The equation being read.
         inner: Jaxprs walked on its account.
         callers: The equations that call the jaxpr being read, outermost first: a library's function that was traced
@@ -123,6 +125,7 @@ class Walk:
         self.rules = rules
         self.numbering = numbering
         self.least: list[tuple[Axis, int, Frozen]] = []
+        self.followers: list[Follower] = []
         self.roles: dict[tuple[int, int], set[str]] = {}
         self.contracted: list[Axis] = []
         self.eqn: JaxprEqn | None = None
@@ -150,6 +153,13 @@ class Walk:
     def frozen(self, size: int, why: str) -> View:
         """A new axis of fixed size."""
         return View(Axis(size, self.reason(why)))
+
+    def follower(self, source: Axis, why: str, *, mirrored: bool) -> View:
+        """An axis of the same units in another order."""
+        axis = Axis(source.size)
+        if source.size > 1:
+            self.followers.append(Follower(axis, source, mirrored, self.reason(why)))
+        return View(axis)
 
     def role(self, views: Sequence[View], role: str) -> None:
         """Note what the parameters behind some axes do."""

@@ -23,6 +23,7 @@ from prunax.structured._rules import (
     REDUCTIONS,
     SCATTERS,
     WINDOWS,
+    choosing_axis,
     solve_operands,
     while_operands,
 )
@@ -113,7 +114,7 @@ def _run(trace: Trace, ins: Sequence[Zero], live: _Live, found: Remains) -> list
 
 def _step(step: Step, zero: list[Zero], live: _Live, found: Remains) -> list[Zero]:
     eqn, name = step.eqn, step.eqn.primitive.name
-    if name in programs.CALLS:
+    if name in programs.CALLS or name == "shard_map":
         return _run(step.inner[0], zero, live, found)
     if name == "scan":
         return _scan(step, zero, live, found)
@@ -198,9 +199,8 @@ def _check(step: Step, zero: list[Zero], present: list[Zero], live: _Live, found
         found.remains.update(gone - (zero[0] | zero[1]))
         found.remains.update(_contracted_twice(step, live) - (zero[0] | zero[1]))
         return
-    if name in ("top_k", "argmax", "argmin"):
+    if (axis := choosing_axis(eqn)) is not None:
         # A unit that gives zero may still be the largest.
-        axis = eqn.params["axes"][0] if "axes" in eqn.params else eqn.params.get("axis", -1)
         found.remains.update(_atoms([step.ins[0][axis]], live))
         return
     if name in ALONG_AXIS or name not in REDUCTIONS:
