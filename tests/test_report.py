@@ -53,6 +53,14 @@ def test_dict_is_json():
     )
 
 
+def test_brackets_in_a_table_are_no_markup():
+    table = prunax.reports.Table(("a[b]", "c"), [("E[g]", "[bold]x[/bold]")], title="T[x]")
+    lines = str(table).splitlines()
+    assert lines[0].strip() == "T[x]"
+    assert "a[b]" in lines[2]
+    assert "E[g]" in lines[4] and "[bold]x[/bold]" in lines[4]
+
+
 def test_table():
     text = str(prunax.summarize(PARAMS, MASKS))
     rows = {line.split()[1]: line for line in text.splitlines() if "│" in line}

@@ -70,20 +70,20 @@ class Table(NamedTuple):
 
     def __rich__(self) -> Any:
         """Render for rich: a `rich.table.Table`, and the notes below it."""
-        import rich.markup
         from rich.console import Group
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        table = RichTable(title=rich.markup.escape(self.title) or None)
+        # As Text: brackets are brackets, and no markup.
+        table = RichTable(title=Text(self.title) if self.title else None)
         for i, column in enumerate(self.columns):
-            table.add_column(column, justify="left" if i < self.text else "right")
+            table.add_column(Text(column), justify="left" if i < self.text else "right")
         for row in self.rows:
-            table.add_row(*map(rich.markup.escape, row))
+            table.add_row(*map(Text, row))
         if self.footer:
             table.add_section()
         for row in self.footer:
-            table.add_row(*map(rich.markup.escape, row))
+            table.add_row(*map(Text, row))
         if not self.notes:
             return table
         return Group(table, *(Text(note, no_wrap=True, overflow="ignore") for note in self.notes))
