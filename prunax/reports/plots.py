@@ -116,9 +116,9 @@ def weights(
     ]
     if not panels:
         raise ValueError("plots.weights: `where` selects no leaf that has a mask of its own.")
-    columns = min(3, len(panels))
+    columns = min(2 if len(panels) <= 4 else 3, len(panels))  # two are read on a phone
     lines = -(-len(panels) // columns)
-    figure = _figure(4 * columns, 2.6 * lines, title)
+    figure = _figure(3.6 * columns, 2.6 * lines, title)
     for axes, (path, leaf, mask) in zip(
         figure.subplots(lines, columns, squeeze=False).flat, panels, strict=False
     ):
@@ -333,7 +333,7 @@ def masks(masks: PyTree, *, most: int = 12, title: str = "") -> "Figure":
         raise ValueError(
             "plots.masks: no mask has two axes. Scalar masks stand for leaves that are not pruned."
         )
-    columns = min(4, len(panels))
+    columns = min(2 if len(panels) <= 4 else 4, len(panels))
     lines = -(-len(panels) // columns)
     figure = _figure(3.2 * columns, 3.2 * lines, title)
     for axes, (path, mask) in zip(
