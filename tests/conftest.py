@@ -13,6 +13,7 @@ CACHE = Path(__file__).parents[1] / ".cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
+import chex  # noqa: E402
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -38,6 +39,11 @@ def _promotion(request):
         jax.numpy_rank_promotion("allow" if relaxed else "raise"),
     ):
         yield
+
+
+@pytest.fixture(autouse=True)
+def _count_traces_anew():
+    chex.clear_trace_counter()  # `chex.assert_max_traces` counts by names, of all tests together
 
 
 @pytest.fixture(autouse=True, scope="module")

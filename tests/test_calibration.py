@@ -2,6 +2,7 @@
 
 import warnings
 
+import chex
 import equinox as eqx
 import flax.linen as nn
 import haiku as hk
@@ -352,7 +353,7 @@ def test_scores_of_statistics_choose_the_weights_that_wanda_keeps():
     pattern = patterns.ConstantFanIn()
     masks = prunax.compute_masks(params, 0.5, scores=scores, pattern=pattern)
     parallel = calibration.wanda(mlp, params, BATCHES, 0.5, sequential=False)
-    jax.tree.map(np.testing.assert_array_equal, masks, parallel.masks)
+    chex.assert_trees_all_equal(masks, parallel.masks)
     grams = calibration.input_statistics(mlp, params, BATCHES, kind="gram")
     with pytest.raises(ValueError, match=r"'a/kernel' have shape \(16, 16\).*kind=\"norm\""):
         calibration.wanda_scores(params, grams)
@@ -369,13 +370,13 @@ def test_donated_params_are_pruned_in_their_own_memory(method):
     place = given["b"]["kernel"].unsafe_buffer_pointer()
     pruned = method(mlp, given, BATCHES, 0.5, donate=True)
     expected = method(mlp, kept, BATCHES, 0.5)
-    jax.tree.map(np.testing.assert_array_equal, pruned, expected)
+    chex.assert_trees_all_equal(pruned, expected)
     params = pruned if method is refitted else pruned.params
     assert params["b"]["kernel"].unsafe_buffer_pointer() == place
     assert given["a"]["kernel"].is_deleted() and given["b"]["kernel"].is_deleted()
     # What is not pruned stays the caller's, and so does a model that is not given away.
     assert params["a"]["bias"] is given["a"]["bias"]
-    jax.tree.map(np.testing.assert_array_equal, kept, mlp_params())
+    chex.assert_trees_all_equal(kept, mlp_params())
 
 
 def test_what_cannot_be_given_away_is_copied():
@@ -388,10 +389,10 @@ def test_what_cannot_be_given_away_is_copied():
     expected = calibration.wanda(fn, params, BATCHES, 0.5)
     host = jax.tree.map(np.array, params)
     pruned = calibration.wanda(fn, host, BATCHES, 0.5, donate=True)
-    jax.tree.map(np.testing.assert_array_equal, pruned, expected)
+    chex.assert_trees_all_equal(pruned, expected)
     np.testing.assert_array_equal(host["a"]["kernel"], square)
     pruned = calibration.wanda(fn, params, BATCHES, 0.5, donate=True)
-    jax.tree.map(np.testing.assert_array_equal, pruned, expected)
+    chex.assert_trees_all_equal(pruned, expected)
 
 
 def test_dense_weights_that_are_needed_to_the_end_are_not_given_away():
@@ -427,8 +428,8 @@ def test_contract(method, pattern, sparsity):
     options = {"pattern": pattern}
     first = METHODS[method](mlp, params, BATCHES, sparsity, **options)
     again = METHODS[method](mlp, params, iter(BATCHES), sparsity, **options)
-    jax.tree.map(np.testing.assert_array_equal, first, again)
-    jax.tree.map(np.testing.assert_array_equal, params, copy)
+    chex.assert_trees_all_equal(first, again)
+    chex.assert_trees_all_equal(params, copy)
     for name in ("a", "b"):
         mask = np.asarray(first.masks[name]["kernel"])
         kernel = np.asarray(first.params[name]["kernel"])
@@ -721,7 +722,7 @@ def test_a_correction_of_one_fits_the_outputs_of_the_dense_model():
         calibration.sparsegpt(mlp, params, BATCHES, 0.5, sequential=False, correction=c)
         for c in (0.0, 1.0)
     ]
-    jax.tree.map(np.testing.assert_array_equal, *pruned)
+    chex.assert_trees_all_equal(*pruned)
     with pytest.raises(ValueError, match=r"correction must lie in \[0, 1\], got 2"):
         calibration.sparsegpt(mlp, params, BATCHES, 0.5, correction=2)
 
@@ -730,7 +731,7 @@ def test_batches_of_different_shapes():
     whole = calibration.sparsegpt(mlp, mlp_params(), [np.concatenate(BATCHES)], 0.5)
     parts = [*BATCHES[:2], BATCHES[2][:10], BATCHES[2][10:]]
     apart = calibration.sparsegpt(mlp, mlp_params(), parts, 0.5)
-    jax.tree.map(np.testing.assert_array_equal, whole.masks, apart.masks)
+    chex.assert_trees_all_equal(whole.masks, apart.masks)
     np.testing.assert_allclose(
         whole.params["b"]["kernel"], apart.params["b"]["kernel"], rtol=1e-2, atol=1e-3
     )
@@ -843,7 +844,7 @@ def test_sharded_batches_give_the_same(kind):
     with jax.set_mesh(mesh):
         pruned = calibration.sparsegpt(mlp, params, batches, 0.5)
     alone = calibration.sparsegpt(mlp, mlp_params(), BATCHES, 0.5)
-    jax.tree.map(np.testing.assert_array_equal, pruned.masks, alone.masks)
+    chex.assert_trees_all_equal(pruned.masks, alone.masks)
     np.testing.assert_allclose(
         pruned.params["b"]["kernel"], alone.params["b"]["kernel"], rtol=1e-3, atol=1e-4
     )

@@ -2,6 +2,7 @@
 
 import warnings
 
+import chex
 import extensions
 import flax.linen as nn
 import jax
@@ -132,7 +133,7 @@ def test_contract(name, layout):
                 blocks = one.reshape(len(one) // 2, 2, -1, 2)
                 assert np.all(blocks == blocks[:, :1, :, :1])
     again = calibration.prune_layers(fn, params, BATCHES, METHODS[name], sparsity, **options)
-    jax.tree.map(np.testing.assert_array_equal, pruned, again)
+    chex.assert_trees_all_equal(pruned, again)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -142,7 +143,7 @@ def test_refit_over_every_layout(layout):
     masks = prunax.compute_masks(params, 0.5, where=lambda path, leaf: path == "w")
     method = calibration.Refit(masks, iterations=200, damping=0.0)
     pruned = calibration.prune_layers(fn, params, BATCHES, method)
-    jax.tree.map(np.testing.assert_array_equal, pruned.masks, masks)
+    chex.assert_trees_all_equal(pruned.masks, masks)
     assert np.all(np.asarray(pruned.params["w"])[~np.asarray(masks["w"])] == 0)
 
     def error(p):
@@ -201,7 +202,7 @@ def test_what_no_product_reads_is_left_whole_and_listed_once():
     assert pruned.masks["position"].shape == pruned.masks["old_head"].shape == ()
     where = prunax.kernels(network, NETWORK, BATCHES[0])
     again = calibration.wanda(network, NETWORK, BATCHES, 0.5, where=where)
-    jax.tree.map(np.testing.assert_array_equal, pruned, again)
+    chex.assert_trees_all_equal(pruned, again)
 
 
 def test_all_leaves_that_cannot_be_pruned_are_named_at_once():
@@ -249,7 +250,7 @@ def test_leaves_that_are_only_looked_up_in():
         pruned = calibration.sparsegpt(
             gathered, params, BATCHES, 0.5, where=lambda path, leaf: path == "experts"
         )
-    jax.tree.map(np.testing.assert_array_equal, pruned.params, params)
+    chex.assert_trees_all_equal(pruned.params, params)
 
 
 def test_a_function_without_kernels():

@@ -247,8 +247,10 @@ def test_shards_have_the_zeros_of_the_single_file(tmp_path, model, options):
         assert run("inspect", tmp_path / "out", *options) == 0
 
 
-def test_folders_convert_and_compress(tmp_path, model):
+def test_folders_convert_and_compress(tmp_path, model, capsys):
     assert run("prune", model, tmp_path / "x.prunax", "--sparsity", "0.8", "--compress") == 0
+    apart = "apart     1_Pooling/config.json, config.json, tokenizer.json: a file holds tensors, and no more"
+    assert apart in capsys.readouterr().out
     with safetensors.safe_open(tmp_path / "x.prunax", "np") as opened:
         assert opened.metadata()["format"] == "prunax"
     assert run("convert", tmp_path / "x.prunax", tmp_path / "out") == 0

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import equinox as eqx
 import flax.linen as nn
 import haiku as hk
@@ -100,11 +101,10 @@ def test_flax_nnx():
 
     model = Model(nnx.Rngs(0))
     trainer = nnx.Optimizer(model, optimizer(), wrt=nnx.Param)
-    traces = []
 
     @nnx.jit
+    @chex.assert_max_traces(n=1)
     def step(model, trainer, images, labels):
-        traces.append(1)
         grads = nnx.grad(lambda m: cross_entropy(m(images), labels))(model)
         trainer.update(model, grads)
 
@@ -113,7 +113,6 @@ def test_flax_nnx():
     for _ in range(STEPS):
         batch = rng.integers(0, len(labels), 128)
         step(model, trainer, images[batch], labels[batch])
-    assert len(traces) == 1
     model.eval()
     params = nnx.state(model, nnx.Param)
     masks = prunax.compute_masks(params, SPARSITY)  # what is pruned already is pruned again

@@ -2,6 +2,7 @@
 
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,7 +46,7 @@ def folder(params, tmp_path_factory):
 def test_round_trip(folder, params):
     read, config = huggingface.load(folder)
     assert config == CONFIG == huggingface.sizes(params, CONFIG)
-    jax.tree.map(np.testing.assert_array_equal, read, params)
+    chex.assert_trees_all_equal(read, params)
 
 
 def test_decoding_with_a_cache_is_the_whole_function_again_and_again(params, tokens):
@@ -115,7 +116,7 @@ def test_transformers_computes_the_same(kind, folder, params, tokens, tmp_path):
         )
         again, config = huggingface.load(place)
         assert config.layers == 2
-        jax.tree.map(np.testing.assert_array_equal, again, huggingface.renumbered(own))
+        chex.assert_trees_all_equal(again, huggingface.renumbered(own))
     else:
         place = folder
     judged = huggingface.judge(place, fn, own, tokens, CONFIG, count=12)

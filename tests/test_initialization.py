@@ -1,5 +1,6 @@
 """Scores at initialisation, against their definitions and against each other on a deep network."""
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -105,8 +106,7 @@ def test_iterative_masks_are_nested_and_trainable(params):
     direct = prunax.compute_masks(
         params, 0.5, scores=score(params), allocation=allocation.global_ranking
     )
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(direct), strict=True):
-        assert np.array_equal(a, b)
+    chex.assert_trees_all_equal(one, direct)
     assert prunax.summarize(params, few).sparsity == pytest.approx(0.5, abs=1e-4)
 
 

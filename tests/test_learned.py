@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,7 +70,7 @@ def test_straight_through_is_the_masked_params_however_it_is_compiled(dtype, opt
         jax.jit(function)(params, scores),
         *(jax.tree.map(lambda x, i=i: x[i], t) for t in (mapped, scanned) for i in (0, 1)),
     ):
-        jax.tree.map(np.testing.assert_array_equal, result, expected)
+        chex.assert_trees_all_equal(result, expected)
         assert jax.tree.map(lambda x: x.dtype, result) == jax.tree.map(lambda x: x.dtype, expected)
 
 
@@ -171,7 +172,7 @@ def test_nm_masks_keep_n_of_m(axis, dtype):
     prior = prunax.compute_masks(params, pattern=pattern)
     logits = learned.nm_logits(params, pattern, masks=prior)
     hard = learned.nm_categorical(logits, pattern)
-    jax.tree.map(np.testing.assert_array_equal, hard, prior)
+    chex.assert_trees_all_equal(hard, prior)
     logits = jax.tree.map(lambda x: x.astype(dtype), logits)
     draw = jax.jit(functools.partial(learned.nm_categorical, pattern=pattern))
     soft = draw(logits, key=KEY)

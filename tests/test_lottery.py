@@ -2,6 +2,7 @@
 
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,8 +69,7 @@ def test_an_interrupted_run_goes_on_from_a_checkpoint(tmp_path):
         restored = checkpointer.restore(tmp_path / "ticket", ticket)
     rest = list(lottery.iterative_magnitude_pruning(train, PARAMS, rounds=4, resume=restored))
     assert [t.round for t in rest] == [3, 4]
-    for a, b in zip(jax.tree.leaves(whole[3:]), jax.tree.leaves(rest), strict=True):
-        assert np.array_equal(a, b)
+    chex.assert_trees_all_equal(whole[3:], rest)
 
 
 def test_bad_arguments_are_named():

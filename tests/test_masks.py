@@ -4,6 +4,7 @@ import functools
 import itertools
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -343,20 +344,18 @@ def test_jit_equals_eager_equals_vmap_and_traced_sparsity_compiles_once(pattern,
     # Numbers of binary digits: the same in float32, so that a traced sparsity means the same.
     sparsities = [0.0, 0.125, 0.375, 0.5] + ([] if pattern == "2:4" else [0.75, 0.875, 1.0])
     eager = [compute(params, s) for s in sparsities]
-    traces = []
 
     @jax.jit
+    @chex.assert_max_traces(n=1)
     def traced(params, sparsity):
-        traces.append(1)
         return compute(params, sparsity)
 
     batched = jax.vmap(lambda s: compute(params, s))(jnp.array(sparsities))
     for i, (s, masks) in enumerate(zip(sparsities, eager, strict=True)):
         for other in (traced(params, s), jax.tree.map(lambda m: m[i], batched)):  # noqa: B023
-            assert jax.tree.all(jax.tree.map(jnp.array_equal, masks, other)), s
+            chex.assert_trees_all_equal(masks, other)
         closed = jax.jit(lambda p, s=s: compute(p, s))(params)
-        assert jax.tree.all(jax.tree.map(jnp.array_equal, masks, closed)), s
-    assert len(traces) == 1
+        chex.assert_trees_all_equal(masks, closed)
 
 
 @pytest.mark.parametrize(("pattern", "name"), COMBINATIONS)
@@ -368,7 +367,7 @@ def test_vmap_over_params(pattern, name):
     batched = jax.vmap(lambda p: compute(p, 0.5))(params)
     for i in range(3):
         alone = compute(jax.tree.map(lambda p: p[i], params), 0.5)  # noqa: B023
-        assert jax.tree.all(jax.tree.map(lambda a, b: jnp.array_equal(a, b[i]), alone, batched))  # noqa: B023
+        chex.assert_trees_all_equal(alone, jax.tree.map(lambda m: m[i], batched))  # noqa: B023
 
 
 @pytest.mark.parametrize(("pattern", "name"), COMBINATIONS)
@@ -394,13 +393,13 @@ def test_a_new_sparsity_or_where_compiles_nothing(pattern, name):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.bfloat16, jnp.int32])
 def test_traced_sparsity_of_any_dtype(dtype):
     params = {"a": {"kernel": normal((8, 6))}, "b": {"kernel": normal((4, 16), 1)}}
-    for name, chosen in ALLOCATIONS.items():
+    for chosen in ALLOCATIONS.values():
         for s in (0, 1) if dtype == jnp.int32 else (0.0, 0.5):
             traced = jax.jit(
                 lambda s, chosen=chosen: prunax.compute_masks(params, s, allocation=chosen)
             )(jnp.asarray(s, dtype))
             eager = prunax.compute_masks(params, s, allocation=chosen)
-            assert jax.tree.all(jax.tree.map(jnp.array_equal, traced, eager)), name
+            chex.assert_trees_all_equal(traced, eager)
 
 
 @pytest.mark.parametrize("sparsity", [0.3, 0.45, 0.55, 0.7, 0.9])

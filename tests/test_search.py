@@ -3,6 +3,7 @@
 import functools
 import itertools
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -98,14 +99,9 @@ def test_curves_are_the_losses_of_masks(trained, batch_size):
 
 
 def test_one_compilation():
-    traces = []
-
-    def loss_fn(params):
-        traces.append(params)
-        return priced(params)
-
+    # Once for the shape of the result, once for the program.
+    loss_fn = chex.assert_max_traces(priced, n=2)
     search.allocate(loss_fn, PLAIN, 0.5, key=jax.random.key(0), generations=3, batch_size=2)
-    assert len(traces) == 2  # once for the shape of the result, once for the program
 
 
 def test_progress_is_shown(capsys):
@@ -129,7 +125,7 @@ def test_masks_are_those_of_compute_masks(trained):
     expected = jax.tree.map(
         jnp.broadcast_to, expected, jax.tree.map(jnp.shape, structures.masks(numbers))
     )
-    jax.tree.map(np.testing.assert_array_equal, structures.masks(numbers), expected)
+    chex.assert_trees_all_equal(structures.masks(numbers), expected)
 
 
 def test_leaves_without_a_say_are_left_out():
@@ -290,7 +286,7 @@ def test_result_is_an_allocation(trained):
     key = jax.random.key(2)
     found = search.allocate(loss_fn, params, 0.8, key=key, generations=3)
     ours = _masks.compute_masks(params, allocation=allocation.by_path(found.sparsities))
-    jax.tree.map(np.testing.assert_array_equal, ours, found.masks)
+    chex.assert_trees_all_equal(ours, found.masks)
     assert loss_under(loss_fn, params, found.masks) == pytest.approx(found.loss, rel=1e-5)
     again = search.allocate(loss_fn, params, 0.8, key=key, generations=3)
     assert again.sparsities == found.sparsities and again.history == found.history
@@ -319,7 +315,7 @@ def test_other_patterns(trained, pattern):
     ours = _masks.compute_masks(
         params, pattern=pattern, allocation=allocation.by_path(found.sparsities)
     )
-    jax.tree.map(np.testing.assert_array_equal, ours, found.masks)
+    chex.assert_trees_all_equal(ours, found.masks)
 
 
 def test_diverging_structures_are_left_alone():
@@ -380,7 +376,7 @@ def test_limit_holds_on_a_trained_network(trained):
         check_decisions(found)
         assert loss_under(loss_fn, params, found.masks) <= found.dense_loss + limit + 1e-6
         ours = _masks.compute_masks(params, allocation=allocation.by_path(found.sparsities))
-        jax.tree.map(np.testing.assert_array_equal, ours, found.masks)
+        chex.assert_trees_all_equal(ours, found.masks)
         sparsities.append(prunax.summarize(params, found.masks).sparsity)
     assert 0.2 < sparsities[0] < sparsities[1] < sparsities[2]
 
@@ -399,7 +395,7 @@ def test_n_m_or_dense(trained):
     ours = _masks.compute_masks(
         params, pattern=pattern, allocation=allocation.by_path(found.sparsities)
     )
-    jax.tree.map(np.testing.assert_array_equal, ours, found.masks)
+    chex.assert_trees_all_equal(ours, found.masks)
 
     # Of 2720 weights 2048 are in the first layer, which brings 56%.
     budget = search.allocate(

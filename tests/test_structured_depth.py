@@ -1,5 +1,6 @@
 """Residual branches of networks of every framework, and the networks without them, bit for bit."""
 
+import chex
 import equinox as eqx
 import flax.linen as nn
 import haiku as hk
@@ -65,7 +66,7 @@ def test_block_of_a_list_leaves_no_gap():
     small = structured.prune_depth(plain, PLAIN, X, remove=["layers/1"])
     assert small.removed == tuple(b.name for b in structured.branches(plain, PLAIN, X)[2:4])
     rest = {**PLAIN, "layers": [PLAIN["layers"][0], PLAIN["layers"][2]]}
-    jax.tree.map(np.testing.assert_array_equal, small.params, rest)
+    chex.assert_trees_all_equal(small.params, rest)
     np.testing.assert_array_equal(small.fn(rest, X), jax.jit(plain)(rest, X))
     # Inputs of another shape are traced anew, and the function can be pruned again.
     np.testing.assert_array_equal(small.fn(rest, X[:1]), jax.jit(plain)(rest, X[:1]))
@@ -107,7 +108,7 @@ def test_turns_of_a_scan(reverse):
     for remove in (["layers[1]"], ["layers/1"], ["layers/mlp[1]", "layers/mix+scale[1]"]):
         small = structured.prune_depth(scanned, STACKED, X, remove=remove)
         rest = {**STACKED, "layers": jax.tree.map(lambda x: x[[0, 2]], STACKED["layers"])}
-        jax.tree.map(np.testing.assert_array_equal, small.params, rest)
+        chex.assert_trees_all_equal(small.params, rest)
         np.testing.assert_array_equal(small.fn(rest, X), jax.jit(scanned)(rest, X))
     small = structured.prune_depth(scanned, STACKED, X, remove=["layers/mlp[1]"])
     assert small.params["layers"]["mlp"]["up"].shape == (2, D, F)
@@ -246,7 +247,7 @@ def test_choice_by_loss_is_greedy_and_compiles_once():
     }
     gone = {first, min(seconds, key=seconds.get)}
     (left,) = set(range(LAYERS)) - gone
-    jax.tree.map(np.testing.assert_array_equal, small.params["layers"], [PLAIN["layers"][left]])
+    chex.assert_trees_all_equal(small.params["layers"], [PLAIN["layers"][left]])
 
 
 @pytest.mark.parametrize("stacked", [False, True])

@@ -1,5 +1,6 @@
 """Gates of units: exact when open, removal when shut, a gradient in between."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,15 +20,14 @@ def test_open_gates_change_nothing_and_shut_ones_remove(name):
     free = [g for g in groups if not g.frozen and (g.preserved or name not in CHANGED)]
     gates = structured.gates(free)
     assert {n: gate.shape for n, gate in gates.items()} == {g.name: (g.size,) for g in free}
-    jax.tree.map(np.testing.assert_array_equal, structured.apply_gates(params, free, gates), params)
+    chex.assert_trees_all_equal(structured.apply_gates(params, free, gates), params)
     if name in CHANGED:
         return
     keep = {g: np.arange(0, g.size, 2) for g in free}
     shut = {g.name: gates[g.name] * (np.arange(g.size) % 2 == 0) for g in free}
     gated = fn(structured.apply_gates(params, free, shut), *args)
     small = structured.shrink_function(fn, keep)(structured.shrink(params, keep), *args)
-    for ours, theirs in zip(jax.tree.leaves(gated), jax.tree.leaves(small), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=2e-4, atol=2e-5)
+    chex.assert_trees_all_close(gated, small, rtol=2e-4, atol=2e-5)
 
 
 PARAMS = {"up": zoo.normal(0, 5, 4), "bias": zoo.normal(1, 4), "down": zoo.normal(2, 4, 3)}
@@ -74,11 +74,10 @@ def test_importance_is_the_published_formula(measure, per_example):
 
 def test_widths_are_tried_without_compiling_again():
     groups = structured.axis_groups(network_of_gates, PARAMS, BATCHES[0][0])
-    traces = []
 
     @jax.jit
+    @chex.assert_max_traces(n=1)
     def run(width, x):
-        traces.append(1)
         gate = (jnp.arange(4) < width).astype(jnp.float32)
         return network_of_gates(structured.apply_gates(PARAMS, groups, {"up[1]": gate}), x)
 
@@ -86,7 +85,6 @@ def test_widths_are_tried_without_compiling_again():
     for width in (1, 3):
         want = np.tanh(x @ PARAMS["up"] + PARAMS["bias"])[:, :width] @ PARAMS["down"][:width]
         np.testing.assert_allclose(run(width, x), want, rtol=1e-5, atol=1e-6)
-    assert len(traces) == 1
 
 
 @pytest.mark.parametrize(

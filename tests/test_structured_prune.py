@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import equinox as eqx
 import flax.linen as nn
 import haiku as hk
@@ -88,7 +89,7 @@ def test_values_stay_with_their_units(group):
 def test_boolean_mask_names_the_same_units(group):
     mask = np.isin(np.arange(12), [1, 7])
     ours, theirs = (structured.shrink(NETWORK.params, {group: u}) for u in (mask, [1, 7]))
-    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    chex.assert_trees_all_equal(ours, theirs)
 
 
 def test_leaf_of_another_shape_is_named(group):

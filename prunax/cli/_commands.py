@@ -17,7 +17,7 @@ from prunax.cli._options import Choice, UsageError
 from prunax.cli._output import printable, progress, say
 from prunax.export._atomic import write_text
 from prunax.export._checkpoints import OTHERS, Checkpoint, in_order, texts
-from prunax.export._saving import FILES, check_replaceable, open_writer
+from prunax.export._saving import FILES, belongings, check_replaceable, open_writer
 from prunax.reports._tables import Table
 
 __all__: list[str] = []
@@ -205,6 +205,11 @@ def _writer(args: argparse.Namespace, source: Checkpoint, metadata: dict[str, st
 
 
 def _written(args: argparse.Namespace, source: Checkpoint, out: Console) -> int:
+    rest = belongings(source.path) if source.layout == "folder" and args.out.is_file() else []
+    if rest:
+        more = f" and {len(rest) - 3} more" if len(rest) > 3 else ""
+        names = ", ".join(printable(str(file)) for file in rest[:3])
+        say(out, f"apart     {names}{more}: a file holds tensors, and no more")
     files = args.out.rglob("*") if args.out.is_dir() else [args.out]
     size = sum(f.stat().st_size for f in files if f.is_file())
     ratio = size / max(source.nbytes, 1)

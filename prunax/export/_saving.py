@@ -307,16 +307,23 @@ def check_replaceable(folder: Path, overwrite: bool) -> None:
         )
 
 
+def belongings(folder: Path) -> list[Path]:
+    """What belongs to a model and holds no weights: files within its folder."""
+    files = [file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file()]
+    return [
+        file
+        for file in files
+        if not any(part.startswith(".") for part in file.parts)
+        and not file.name.endswith((WEIGHTS, INDEX, ".bin.index.json", *OTHERS))
+    ]
+
+
 def _take_along(source: Path, folder: Path) -> None:
-    """Copy what belongs to a model and holds no weights."""
-    for file in sorted(source.rglob("*")):
-        place = folder / file.relative_to(source)
-        hidden = any(part.startswith(".") for part in file.relative_to(source).parts)
-        if hidden or not file.is_file() or file.name.endswith((WEIGHTS, INDEX, ".bin.index.json")):
-            continue
-        if file.suffix not in OTHERS and not place.exists():
+    for file in belongings(source):
+        place = folder / file
+        if not place.exists():
             place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, place)
+            shutil.copyfile(source / file, place)
 
 
 def _write_json(file: Path, value: Any) -> None:
