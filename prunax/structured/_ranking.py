@@ -187,7 +187,10 @@ def one_factor_an_axis(
         return {}
 
     def preference(group: AxisGroup) -> tuple[float, bool, float]:
-        slowness = max(member.position.stride for member in group.members)
+        shapes = {leaf.path: leaf.shape for leaf in group.leaves}
+        slowness = max(
+            m.position.stride * math.prod(shapes[m.path][m.axis + 1 :]) for m in group.members
+        )
         return (round(abs(removed(group) - sparsity), 9), bool(group.crosses), -slowness)
 
     left: dict[AxisGroup, AxisGroup] = {}
