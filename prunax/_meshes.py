@@ -18,6 +18,7 @@ from prunax import trees
 __all__ = [
     "agree",
     "devices",
+    "divide",
     "gather",
     "kind",
     "move_to",
@@ -81,15 +82,25 @@ def gather(x: jax.Array, axes: Iterable[int] | None = None) -> jax.Array:
     return x if whole is None or whole == sharding else jax.sharding.reshard(x, whole)
 
 
+def divide(x: jax.Array, other: Any, axes: Iterable[int]) -> jax.Array:
+    """Divide each axis of an array as the axis named of another is, as far as the other's type tells."""
+    sharding = split(sharding_of(other), axes)
+    return x if sharding is None else jax.sharding.reshard(x, sharding)
+
+
 def shard_like(x: jax.Array, other: Any) -> jax.Array:
-    """Divide an array like another of its shape: as its sharding says, or where that is traced, its type."""
+    """Divide an array like another of its shape: as its sharding says, or where that is traced, its type.
+
+    Where the type does not tell (auto meshes under `jit`), the array is made to depend on the other, so that XLA
+    carries the division over; it then drops what does not matter.
+    """
     if not trees.is_traced(x, other):
         here = isinstance(other, jax.Array) and x.sharding != other.sharding
         return jax.device_put(x, other.sharding) if here else x
     sharding = sharding_of(other)
-    if sharding is None or sharding == jax.typeof(x).sharding:
-        return x
-    return jax.sharding.reshard(x, sharding)
+    if sharding is None:
+        return jnp.where(other == other, x, x) if jax.device_count() > 1 else x
+    return x if sharding == jax.typeof(x).sharding else jax.sharding.reshard(x, sharding)
 
 
 def varying_axes(x: Any) -> frozenset[str]:

@@ -189,6 +189,30 @@ def test_leaves_without_gradients_are_left_alone(hole, score):
         assert int(state.count) == 2
 
 
+def test_what_the_inner_optimizer_cannot_update_is_named():
+    grads = {**GRADIENT(PARAMS), "body": None}
+    for inner in (optax.adam(0.1), optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1))):
+        tx = prunax.prune(inner, 0.5)
+        with pytest.raises(
+            ValueError, match=r"^prune: .*'body/bias', which has no gradient.*masked"
+        ):
+            tx.update(grads, tx.init(PARAMS), PARAMS)
+    tx = prunax.prune(optax.masked(optax.adam(0.1), {"body": False, "head": True}), 0.5)
+    updates, _ = tx.update(grads, tx.init(PARAMS), PARAMS)
+    assert (PARAMS["head"]["kernel"] + updates["head"]["kernel"] == 0).sum() == 16
+
+    quantised = {**PARAMS, "codes": {"kernel": jnp.ones((4, 4), jnp.int4)}}
+    tx = prunax.prune(optax.adam(0.1), 0.5)
+    with pytest.raises(ValueError, match=r"^prune: .*'codes/kernel' \(int4\).*set_to_zero"):
+        tx.update(quantised, tx.init(quantised), quantised)
+    labels = {"body": "train", "head": "train", "codes": "freeze"}
+    tx = prunax.prune(
+        optax.partition({"train": optax.adam(0.1), "freeze": optax.set_to_zero()}, labels), 0.5
+    )
+    updates, _ = tx.update(quantised, tx.init(quantised), quantised)
+    assert (PARAMS["head"]["kernel"] + updates["head"]["kernel"] == 0).sum() == 16
+
+
 def test_moments_of_partial_states_are_found():
     # optax.masked leaves holes in the state; what stands beside them is still one number for each weight.
     tx = prunax.prune(INNER["masked"], BACK_AND_FORTH)

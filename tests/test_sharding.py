@@ -7,11 +7,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from processes import run_two
 
 import prunax
-from prunax import allocation, calibration, initialization, patterns, schedules, scores, transforms
+from prunax import (
+    allocation,
+    calibration,
+    initialization,
+    patterns,
+    schedules,
+    scores,
+    search,
+    structured,
+    transforms,
+)
 
 KINDS = [AxisType.Explicit, AxisType.Auto]
 VALUES = np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32)
@@ -107,7 +118,7 @@ def test_every_choice_keeps_bits_and_sharding(layout, inside, alone):
                 assert mask.sharding.is_equivalent_to(kernel.sharding, 2), name
 
 
-@pytest.mark.parametrize("layout", ["explicit", "partly auto", "two meshes", "two kinds"])
+@pytest.mark.parametrize("layout", ["explicit", "auto", "partly auto", "two meshes", "two kinds"])
 def test_compiled_as_well(layout, alone):
     def all_of_them(params):
         return {name: choose(params, options) for name, options in CHOICES.items()}
@@ -115,8 +126,12 @@ def test_compiled_as_well(layout, alone):
     masks = jax.jit(all_of_them)(LAYOUTS[layout])
     for name in CHOICES:
         assert same(masks[name], alone[name]), name
-    if layout == "explicit":
-        assert masks["channel"]["first"]["kernel"].sharding.spec == PartitionSpec("x", "y")
+    if layout in ("explicit", "auto"):
+        kernel = LAYOUTS[layout]["first"]["kernel"]
+        for name in CHOICES:
+            assert masks[name]["first"]["kernel"].sharding.is_equivalent_to(kernel.sharding, 2), (
+                name
+            )
 
 
 KEY = jax.random.key(0)
@@ -255,6 +270,75 @@ def test_functions_of_the_model_need_no_mesh_context(layout):
             for part in got:
                 kernel = LAYOUTS[layout]["first"]["kernel"]
                 assert part["first"]["kernel"].sharding.is_equivalent_to(kernel.sharding, 2)
+
+
+def test_structure_and_search_need_no_mesh_context():
+    params = lay(*[((4, 2), ("x", "y"), (EXPLICIT,) * 2, spec) for spec in (("x",), (None, "y"))])
+    x = jnp.asarray(VALUES[:8, :16])
+
+    def fn(params, x):
+        return x + network(params, x)
+
+    def loss(params, x=x):
+        return jnp.mean(jnp.square(fn(params, x) - 2 * x))
+
+    def groups_of(p):
+        return structured.prunable_groups(structured.axis_groups(fn, p, x), p)
+
+    def lasso(p):
+        tx = structured.proximal_unit_lasso(optax.sgd(0.1), groups_of(p), 0.5)
+        return tx.update(p, tx.init(p), p)[0]
+
+    def found(p, structures=None):
+        options = {"key": KEY, "generations": 1, "offspring": 1, "sparsities": (0.25, 0.5)}
+        return search.allocate(loss, p, 0.4, structures=structures, **options).masks
+
+    functions = {
+        "prune_channels": lambda p: structured.prune_channels(fn, p, x, sparsity=0.5).params,
+        "prune_depth": lambda p: structured.prune_depth(fn, p, x, count=1).params,
+        "gates": lambda p: structured.gate_importance(loss, p, [x], groups_of(p)),
+        "lasso": lasso,
+        "leaves": found,
+        "channels": lambda p: found(p, search.channels(groups_of(p), p)),
+        "branches": lambda p: [g.name for g in structured.branches(fn, p, x)],
+    }
+    for name, function in functions.items():
+        got, expected = function(params), function(HOST)
+        assert jax.tree.structure(got) == jax.tree.structure(expected), name
+        for a, b in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
+            if isinstance(a, str):
+                assert a == b
+            else:
+                np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.relaxed_promotion
+def test_nnx_optimizer_needs_no_mesh_context():
+    class Net(nnx.Module):
+        def __init__(self, params):
+            self.first = nnx.Param(params["first"]["kernel"])
+            self.last = nnx.Param(params["last"]["kernel"])
+
+        def __call__(self, x):
+            return jnp.maximum(x @ self.first[...], 0) @ self.last[...]
+
+    @nnx.jit
+    def step(net, optimizer):
+        grads = nnx.grad(lambda net: jnp.mean(net(jnp.asarray(VALUES[:8, :16])) ** 2))(net)
+        optimizer.update(net, grads)
+
+    def trained(params):
+        net = Net(params)
+        optimizer = nnx.Optimizer(net, TRANSFORMS["prune, packed"], wrt=nnx.Param)
+        step(net, optimizer)
+        step(net, optimizer)
+        pruned = nnx.state(net, nnx.Param)
+        masks = prunax.get_masks(optimizer.opt_state, pruned)
+        return [jax.tree.map(lambda w: w == 0, pruned), jax.tree.map(jnp.logical_not, masks)]
+
+    zeros, pruned = trained(HOST)
+    assert same(zeros, pruned) and any(map(np.any, jax.tree.leaves(zeros)))
+    assert same(trained(LAYOUTS["replicated"]), [zeros, pruned])
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prunax import trees
+from prunax import _meshes, trees
 from prunax.structured._groups import AxisGroup, Member
 
 __all__ = ["apply_gates", "gate_importance", "gates"]
@@ -89,7 +89,10 @@ def apply_gates(params: PyTree, groups: Sequence[AxisGroup], gates: Mapping[str,
     for path, leaf in flat:
         for group, member in by_leaf.get(trees.path_name(path), ()):
             factors = along_axis(group, member, leaf.shape, gates[group.name])
-            leaf = leaf * jnp.asarray(factors).astype(leaf.dtype)
+            # Divided as the leaf is, so that the gates' derivatives come back whole, as gathers need them.
+            own = [d if d == member.axis else -1 for d in range(leaf.ndim)]
+            factors = _meshes.divide(factors.astype(leaf.dtype), leaf, own)
+            leaf = leaf * factors
         leaves.append(leaf)
     return treedef.unflatten(leaves)
 

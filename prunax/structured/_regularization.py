@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from prunax import trees
+from prunax import _meshes, trees
 from prunax.structured._groups import AxisGroup, Keep, checked_units
 from prunax.transforms._proximal import proximal
 
@@ -271,7 +271,7 @@ def _squares(
             if path in leaves:
                 leaf = jnp.asarray(leaves[path])
                 wide = leaf.astype(trees.wide_dtype(leaf.dtype))
-                sums = jnp.sum(jnp.square(wide), axis=_others(leaf, axis))
+                sums = _meshes.gather(jnp.sum(jnp.square(wide), axis=_others(leaf, axis)))
                 own = jnp.sum(sums[position.indices(group.size)], axis=1)
                 result[group] = result[group] + own if group in result else own
     return result

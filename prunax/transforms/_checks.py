@@ -1,6 +1,8 @@
 """What the sparse-training transformations say before they train: errors, and warnings of what will not be pruned."""
 
+import contextlib
 import warnings
+from collections.abc import Generator
 from typing import Any
 
 import jax
@@ -53,6 +55,30 @@ def check_shapes(
                 f"{name}: {path!r} has shape {leaf.shape}, and its update has shape {jnp.shape(gradient)}. Pass the "
                 f"gradients of these params."
             )
+
+
+@contextlib.contextmanager
+def explained(name: str, model: PyTree, missing: list[str]) -> Generator[None]:
+    """Say which leaves are likely to blame where the inner optimizer raises: no gradient, or integers of a few bits."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        narrow = [
+            f"{path!r} ({leaf.dtype})"
+            for path, leaf in trees.named_leaves(model)
+            if trees.is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.integer)
+        ]
+        if missing:
+            what, which = f"{missing[0]!r}, which has no gradient (None)", "leaves with gradients"
+        elif narrow:
+            what, which = f"{', '.join(narrow[:_MOST])}", "floating-point leaves"
+        else:
+            raise
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(
+            f"{name}: the inner optimizer cannot update {what}. Let it see {which} only: optax.masked(inner, mask), "
+            f"or optax.partition with optax.set_to_zero() for the others."
+        ) from error
 
 
 def warn_of_nothing(name: str, model: PyTree, chosen: trees.Selection, at_rest: set[str]) -> None:

@@ -217,9 +217,10 @@ def train_masked(
         if mask_gradients:
             inner_updates = chosen.put(_zero(grads, masks), updates)
             inner_params = _inner.map_copies(lambda copy: _map_at(_masked, at(masks), copy), params)
-        new_updates, inner_state = inner.update(
-            inner_updates, masked_copies(inner_state), inner_params, **extra_args
-        )
+        with _checks.explained(name, model, trained.missing):
+            new_updates, inner_state = inner.update(
+                inner_updates, masked_copies(inner_state), inner_params, **extra_args
+            )
 
         def emit(copy: PyTree, new_updates: PyTree) -> PyTree:
             missing = set(at(masks)) - set(trees.places(new_updates))
@@ -315,6 +316,8 @@ class _Trained:
     def __init__(self, name: str, model: PyTree, updates: PyTree) -> None:
         gradients = _checks.gradients_of(name, model, updates)
         self.which = [g is not None for g in gradients]
+        paths = zip(trees.paths(model), self.which, strict=True)
+        self.missing = [path for path, has in paths if not has]
         self.updates = (
             updates if all(self.which) else jax.tree.unflatten(jax.tree.structure(model), gradients)
         )
