@@ -200,7 +200,11 @@ def axis_groups(fn: Callable[..., Any], params: PyTree, *args: Any) -> tuple[Axi
         >>> group.size, [(m.path, m.axis, m.role) for m in group.members]
         (16, [('down', 0, 'consumes'), ('up', 1, 'produces')])
     """
-    analysis = analyse(fn, params, *args)
+    return found_groups(analyse(fn, params, *args))
+
+
+def found_groups(analysis: Analysis) -> tuple[AxisGroup, ...]:
+    """The groups of a function whose outputs keep their sizes."""
     freeze_outputs(analysis)
     if analysis.followers:
         _followers.settle(analysis.followers, _own_axes(analysis.trace, analysis.axes))

@@ -14,7 +14,7 @@ from prunax._counts import num_pruned
 from prunax._jaxprs import programs
 from prunax._jaxprs.choosing import kernels
 from prunax.structured import _cost as costs
-from prunax.structured._groups import AxisGroup, axis_groups, checked_units
+from prunax.structured._groups import AxisGroup, analyse, checked_units, found_groups
 from prunax.structured._ranking import (
     best_units,
     numbers_left,
@@ -22,7 +22,7 @@ from prunax.structured._ranking import (
     rounded,
     scores_of_units,
 )
-from prunax.structured._shrink import functions, shrink, shrink_function
+from prunax.structured._shrink import functions, shrink
 
 __all__ = ["Shrunk", "prunable_groups", "prune_channels"]
 
@@ -127,7 +127,8 @@ def prune_channels(
         Structural Pruning, 2023, arXiv:2301.12900 (scores summed over a group).
     """
     _check_request(sparsity, threshold, target, round_to, min_width)
-    groups = axis_groups(fn, params, *args)
+    analysis = analyse(fn, params, *args)
+    groups, shrunk = found_groups(analysis), functions(fn, (analysis, params, args))
     if where is trees.is_kernel and not trees.select(params, where).paths:
         where = kernels(fn, params, *args)
     whole = left_whole(groups, params, where)
@@ -145,7 +146,15 @@ def prune_channels(
         )
 
     if target is not None:
-        sparsity = _reach(target, cost, fn, params, args, lambda sparsity: choose(sparsity)[0])
+        # On the host, where cutting arrays to a dozen different sizes compiles nothing.
+        host = jax.tree.map(lambda x: np.asarray(x) if _is_host_readable(x) else x, params)
+        dense = cost(fn, host, *args)
+
+        def fraction(sparsity: float) -> float:
+            kept = choose(sparsity)[0]
+            return cost(shrunk(kept), shrink(host, kept), *args) / dense
+
+        sparsity = _reach(target, fraction)
     keep, other_factors = choose(sparsity)
     for group in chosen:
         if group in other_factors:
@@ -155,7 +164,7 @@ def prune_channels(
                 "none of its units was to go" if group in unit_scores else "without scores"
             )
     small, inputs = shrink(params, keep), abstract_inputs(args)
-    return Shrunk(shrink_function(fn, keep), small, keep, groups, whole, inputs=inputs)
+    return Shrunk(shrunk(keep), small, keep, groups, whole, inputs=inputs)
 
 
 def abstract_inputs(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -256,24 +265,8 @@ def _choose(
     return keep, other_factors
 
 
-def _reach(
-    target: float,
-    cost: Cost,
-    fn: Callable[..., Any],
-    params: PyTree,
-    args: Sequence[Any],
-    choose: Callable[[float], Kept],
-) -> float:
-    """The least sparsity whose cost is within the target."""
-    # On the host, where cutting arrays to a dozen different sizes compiles nothing.
-    params = jax.tree.map(lambda x: np.asarray(x) if _is_host_readable(x) else x, params)
-    whole = cost(fn, params, *args)
-    shrunk = functions(fn)
-
-    def fraction(sparsity: float) -> float:
-        keep = choose(sparsity)
-        return cost(shrunk(keep), shrink(params, keep), *args) / whole
-
+def _reach(target: float, fraction: Callable[[float], float]) -> float:
+    """The least sparsity at which the fraction of the cost that is left is within the target."""
     low, high, best = 0.0, 1.0, 1.0
     least = fraction(best)
     if least > target:

@@ -101,9 +101,19 @@ def shrink_function(fn: Callable[..., Any], keep: Keep) -> Callable[..., Any]:
     return functions(fn)(keep)
 
 
-def functions(fn: Callable[..., Any]) -> Callable[[Keep], Callable[..., Any]]:
-    """`shrink_function` for many choices of units: the function is traced once for inputs of the same shapes."""
+def functions(
+    fn: Callable[..., Any], known: tuple[Analysis, PyTree, tuple[Any, ...]] | None = None
+) -> Callable[[Keep], Callable[..., Any]]:
+    """`shrink_function` for many choices of units: the function is traced once for inputs of the same shapes.
+
+    Args:
+        fn: The function.
+        known: What was found for some params and arguments before.
+    """
     analyses: dict[Any, Analysis] = {}
+    if known:
+        analysis, params, args = known
+        analyses[_arrays(params, args)[1]] = analysis
 
     def shrunk(keep: Keep) -> Callable[..., Any]:
         leaves = _leaves_of(keep)
