@@ -1,12 +1,12 @@
 """Prunes made-up checkpoints of shards from the command line: time and memory, and what faults leave behind.
 
-    python -m benchmarks.checkpoints                # 96 MB in three shards, and faults
-    python -m benchmarks.checkpoints --large 4      # and a checkpoint of 4 GB in shards of 1 GB
+    python -m benchmarks.checkpoints                    # 90 MB in shards, faults, and 4 GB in shards of 1 GB
+    python -m benchmarks.checkpoints --only faults      # one part; the others stay in the results
     python -m benchmarks.checkpoints --judge /elsewhere/bin/python  # Transformers write the shards and load the outputs
 
 Times stand beside a bare copy of the same files, flushed to the disk as the command line's output is. Memory is the
 peak of the whole process, and beyond that of one which prunes a single small tensor. Faults: interrupts at random
-moments from the start on, files that may not grow beyond a size, as on a full disk, and indices that lie.
+moments, one in each twentieth of a run, files that may not grow beyond a size, as on a full disk, and indices that lie.
 """
 
 import json
@@ -159,7 +159,7 @@ def faults(folder: Path, moments: int = 20) -> list[dict[str, Any]]:
     rows = []
     for i in range(moments):
         number = (signal.SIGINT, signal.SIGTERM)[i % 2]
-        after = rng.uniform(0.0, whole)
+        after = whole * (i + rng.random()) / moments
         process = subprocess.Popen(
             [sys.executable, "-m", "prunax", *args],
             stderr=subprocess.PIPE,
@@ -173,7 +173,8 @@ def faults(folder: Path, moments: int = 20) -> list[dict[str, Any]]:
         done = left == ["out"]
         rows.append(
             {
-                "fault": f"{number.name} after {after:.2f} s",
+                "fault": number.name,
+                "at": f"{after:.2f} s",
                 "code": process.returncode,
                 "printed": said.splitlines()[-1] if said else "",
                 "left": "the whole output" if done else ", ".join(left),
@@ -192,7 +193,13 @@ def faults(folder: Path, moments: int = 20) -> list[dict[str, Any]]:
     code = prunax(*args)[2]
     names = ", ".join(os.listdir(work))
     rows.append(
-        {"fault": f"SIGKILL (left {left}), then again", "code": code, "printed": "", "left": names}
+        {
+            "fault": f"SIGKILL (left {left}), then again",
+            "at": "",
+            "code": code,
+            "printed": "",
+            "left": names,
+        }
     )
     shutil.rmtree(work / "out")
     for size in np.linspace(1 * MB, 31 * MB, 10).astype(int):
@@ -200,7 +207,8 @@ def faults(folder: Path, moments: int = 20) -> list[dict[str, Any]]:
         result = subprocess.run(command, capture_output=True, text=True)
         rows.append(
             {
-                "fault": f"files of at most {size / MB:.1f} MB",
+                "fault": "files that cannot grow",
+                "at": f"{size / MB:.1f} MB",
                 "code": result.returncode,
                 "printed": result.stderr.strip().replace(f"{folder}/", ""),
                 "left": ", ".join(os.listdir(work)),
@@ -223,6 +231,7 @@ def faults(folder: Path, moments: int = 20) -> list[dict[str, Any]]:
         rows.append(
             {
                 "fault": f"index: {case}",
+                "at": "",
                 "code": result.returncode,
                 "printed": result.stderr.strip().replace(f"{folder}/", ""),
                 "left": ", ".join(os.listdir(work)),
@@ -232,24 +241,29 @@ def faults(folder: Path, moments: int = 20) -> list[dict[str, Any]]:
     return rows
 
 
+PARTS = ("sharded", "faults", "large")
+
+
 def main() -> None:
     parser = harness.parser("checkpoints", __doc__)
-    parser.add_argument("--large", type=float, default=0, help="size of one more checkpoint, in GB")
+    parser.add_argument("--large", type=float, default=4, help="size of the large one, in GB (4)")
     parser.add_argument("--judge", type=Path, help="a Python that has Transformers and PyTorch")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="other parts stay")
     args = parser.parse_args()
-    command = "python -m benchmarks.checkpoints"
-    command += f" --large {args.large:g}" if args.large else ""
-    command += " --judge PYTHON" if args.judge else ""
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        content = harness.content(
-            command,
-            sharded=sharded(folder, args.judge),
-            faults=faults(folder),
-            large=large(folder, args.large) if args.large else [],
-        )
-    head = "`prunax prune` on folders of shards"
-    harness.publish(args.out / "checkpoints.json", head, content, tables, Console())
+    file = args.out / "checkpoints.json"
+    figures: dict[str, Any] = dict.fromkeys(PARTS, [])
+    if file.is_file():
+        figures |= {part: json.loads(file.read_text())[part] for part in PARTS}
+    make = {
+        "sharded": lambda folder: sharded(folder, args.judge),
+        "faults": faults,
+        "large": lambda folder: large(folder, args.large),
+    }
+    for part in args.only:
+        with tempfile.TemporaryDirectory() as folder:
+            figures[part] = make[part](Path(folder))
+    content = harness.content("python -m benchmarks.checkpoints --judge PYTHON", **figures)
+    harness.publish(file, "`prunax prune` on folders of shards", content, tables, Console())
 
 
 def tables(content: Mapping[str, Any]) -> dict[str, harness.Table]:
@@ -282,16 +296,17 @@ def tables(content: Mapping[str, Any]) -> dict[str, harness.Table]:
         f"{mb(first['size'])} MB as a file and in shards, the largest tensor {mb(first['tensor'])} MB; "
         f"memory beyond a run on one small tensor"
     )
-    faults = [
-        [r["fault"], str(r["code"]), r["printed"], r["left"] or "nothing"]
-        for r in content["faults"]
+    made = {"checkpoints": harness.Table(columns, rows, title=title)}
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for r in content["faults"]:
+        outcome = (r["fault"], str(r["code"]), r["printed"], r["left"] or "nothing")
+        alike.setdefault(outcome, []).append(r["at"])
+    found = [
+        (fault, str(len(at)), f"{at[0]} to {at[-1]}" if len(at) > 1 else at[0], *rest)
+        for (fault, *rest), at in alike.items()
     ]
-    made = {
-        "checkpoints": harness.Table(columns, rows, title=title),
-        "checkpoints/faults": harness.Table(
-            ("fault", "exit code", "printed", "left"), faults, text=4
-        ),
-    }
+    columns = ("fault", "runs", "at", "exit code", "printed", "left")
+    made["checkpoints/faults"] = harness.Table(columns, found, title="Faults", text=6)
     if content["large"]:
         rows = [
             [r["what"], f"{r['size'] / 1e9:.2f}", f"{r['seconds']:.1f}", mb(r["peak"])]
