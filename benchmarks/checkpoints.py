@@ -251,7 +251,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="other parts stay")
     args = parser.parse_args()
     file = args.out / "checkpoints.json"
-    figures: dict[str, Any] = dict.fromkeys(PARTS, [])
+    figures: dict[str, Any] = {part: [] for part in PARTS}
     if file.is_file():
         figures |= {part: json.loads(file.read_text())[part] for part in PARTS}
     make = {

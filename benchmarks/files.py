@@ -96,14 +96,11 @@ def measure(
 def main() -> None:
     parser = harness.parser("files", __doc__)
     parser.add_argument("file", type=Path)
-    parser.add_argument(
-        "--large", type=float, default=0.5, help="size in GB of one more file, made up"
-    )
     args = parser.parse_args()
     console = Console()
     with tempfile.TemporaryDirectory() as temporary, harness.progress(console) as progress:
         folder = Path(temporary)
-        task = progress.add_task("files", total=len(CASES) + 1, note="")
+        task = progress.add_task("files", total=len(CASES), note="")
         small = folder / "small.safetensors"
         safetensors.numpy.save_file({"a.weight": np.eye(8, dtype=np.float32)}, small)
         baseline = prunax("inspect", small)[0]
@@ -111,32 +108,6 @@ def main() -> None:
         for name, options in CASES.items():
             results.append(measure(args.file, folder, name, options, baseline))
             progress.update(task, advance=1, note=name)
-        large = folder / "large.safetensors"
-        rng = np.random.default_rng(0)
-        matrix = {
-            f"{i}.weight": rng.standard_normal((4096, 4096), np.float32)
-            for i in range(int(args.large * 16))
-        }
-        safetensors.numpy.save_file(matrix, large)
-        del matrix
-        largest = []
-        for options in (
-            ["--sparsity", "0.5"],
-            ["--sparsity", "0.5", "--allocation", "global"],
-            ["--pattern", "2:4"],
-        ):
-            peak, seconds, code = prunax(
-                "prune", large, folder / "o.safetensors", "--overwrite", *options
-            )
-            assert code == 0
-            row = {
-                "options": options,
-                "file": large.stat().st_size,
-                "peak": peak,
-                "seconds": seconds,
-            }
-            largest.append(row)
-        progress.update(task, advance=1, note="large")
     header = export.read_metadata(args.file)
     sizes = [a.nbytes for a in safetensors.numpy.load_file(args.file).values()]
     bound = args.file.stat().st_size + max(sizes)
@@ -149,7 +120,6 @@ def main() -> None:
         tensors=len(sizes),
         baseline=baseline,
         results=results,
-        large=largest,
     )
     note = f"Python and JAX alone: {baseline / MB:.0f} MB. File and largest tensor together: {bound / MB:.0f} MB."
     head = f"`prunax prune` on a file\n\n{note}"
@@ -174,22 +144,7 @@ def tables(content: Mapping[str, Any]) -> dict[str, harness.Table]:
     ]
     columns = "case,sparsity,size,peak MB,beyond baseline,seconds,bit-exact,inspect".split(",")
     title = f"{file['size'] / MB:.0f} MB, {tensors} tensors, the largest {file['largest_tensor'] / MB:.0f} MB"
-    large = [
-        [
-            " ".join(r["options"]),
-            *(f"{r[name] / MB:.0f}" for name in ("file", "peak")),
-            f"{r['seconds']:.1f}",
-        ]
-        for r in content["large"]
-    ]
-    return {
-        "files": harness.Table(columns, rows, title=title),
-        "files/large": harness.Table(
-            ("options", "file MB", "peak MB", "seconds"),
-            large,
-            title="a made-up file of 64 MB tensors",
-        ),
-    }
+    return {"files": harness.Table(columns, rows, title=title)}
 
 
 if __name__ == "__main__":

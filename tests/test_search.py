@@ -209,7 +209,7 @@ def test_numbers_out_of_range_are_refused():
 def test_cheapest_weights_go_first(sparsity, expected):
     found = search.allocate(priced, PLAIN, sparsity)
     assert pruned_numbers(found.masks) == expected
-    assert found.loss == pytest.approx(found.starts["greedy"])
+    assert found.loss == pytest.approx(found.start_losses["greedy"])
     assert found.sparsity == pytest.approx(sparsity)
 
 
@@ -273,11 +273,11 @@ def test_search_is_never_worse_than_plain_allocations(trained):
     for a in plain:
         tree = _masks.compute_masks(params, 0.9, allocation=a)
         measured = loss_under(loss_fn, params, tree)
-        assert found.starts[a.__name__] == pytest.approx(measured, rel=0.05)
+        assert found.start_losses[a.__name__] == pytest.approx(measured, rel=0.05)
         assert found.loss <= measured
     assert list(found.history) == sorted(found.history, reverse=True)
     assert len(found.history) == 16 and found.history[-1] == found.loss
-    assert found.loss < min(found.starts.values())
+    assert found.loss < min(found.start_losses.values())
     assert prunax.summarize(params, found.masks).kept == 2720 - round(0.9 * 2720)
 
 
@@ -327,7 +327,7 @@ def test_diverging_structures_are_left_alone():
 
     found = search.allocate(loss_fn, PLAIN, 0.5)
     assert pruned_numbers(found.masks) == {"a": 20, "b": 0, "c": 80}
-    assert np.isnan(found.starts["uniform"])
+    assert np.isnan(found.start_losses["uniform"])
 
 
 # The sparsest within a limit.
@@ -336,9 +336,9 @@ def test_diverging_structures_are_left_alone():
 def check_decisions(found):
     """Only accepted proposals change anything, each within the limit, and the network only gets sparser."""
     assert found.loss <= found.limit
-    assert all(found.sparsity >= sparsity for sparsity in found.starts.values())
+    assert all(found.sparsity >= sparsity for sparsity in found.start_sparsities.values())
     state = {}
-    total, loss = max(found.starts.values()), None
+    total, loss = max(found.start_sparsities.values()), None
     proposals = [(d.name, d.proposed, d.sparsity) for d in found.decisions]
     assert len(set(proposals)) == len(proposals)  # nothing is asked twice
     for d in found.decisions:
@@ -357,7 +357,7 @@ def test_limit_is_used_up_by_the_cheapest():
     # All of a for nothing, then 60 weights of b at 0.01 each; one more, or one of c, is too much.
     assert pruned_numbers(found.masks) == {"a": 20, "b": 60, "c": 0}
     assert found.loss == pytest.approx(0.6)
-    assert found.starts["uniform"] < 0.39 <= found.starts["greedy"] <= 0.4
+    assert found.start_sparsities["uniform"] < 0.39 <= found.start_sparsities["greedy"] <= 0.4
     assert {d.name for d in found.decisions if not d.accepted} == {"b/kernel", "c/kernel"}
     assert "rejected" in str(found)
 
@@ -419,7 +419,7 @@ def test_masks_of_channels_make_the_network_that_shrinks(trained):
         loss_fn, params, 0.5, structures=structures, key=jax.random.key(0), generations=4
     )
     assert found.sparsity == pytest.approx(0.5, abs=0.03)
-    assert found.loss <= found.starts["uniform"]
+    assert found.loss <= found.start_losses["uniform"]
     small = structured.prune_channels(
         fn, params, x, allocation=allocation.by_path(found.sparsities)
     )

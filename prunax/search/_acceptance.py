@@ -57,8 +57,8 @@ class Accepted(Tabular):
         sparsity: What is removed, as a fraction of the whole cost.
         loss: The loss under the masks, as measured; at most `limit`.
         dense_loss: The loss with nothing pruned.
+        start_sparsities: How much of the cost the greedy and the plain allocations remove within the limit, by name.
         limit: ``dense_loss + max_increase``.
-        starts: How much of the cost the greedy and the plain allocations remove within the limit, by name.
         decisions: Every proposal to go on from the best start, in order.
     """
 
@@ -67,8 +67,8 @@ class Accepted(Tabular):
     sparsity: float
     loss: float
     dense_loss: float
+    start_sparsities: dict[str, float]
     limit: float
-    starts: dict[str, float]
     decisions: tuple[Decision, ...]
 
     def table(self) -> Table:
@@ -170,8 +170,8 @@ def max_sparsity(
         structures.removed(pruned),
         loss,
         losses.dense,
-        limit,
         removed,
+        limit,
         tuple(decisions),
     )
 

@@ -32,22 +32,22 @@ class Allocated(Tabular):
     """Budgets that a search found. Prints as a table.
 
     Attributes:
+        masks: A mask tree of the params' structure, True = kept.
         sparsities: Fraction of the units that each structure loses, by name.
             ``prunax.allocation.by_path(found.sparsities)`` is the allocation.
-        masks: A mask tree of the params' structure, True = kept.
         sparsity: What is removed, as a fraction of the whole cost.
         loss: The loss under the masks, as measured.
         dense_loss: The loss with nothing pruned.
-        starts: The losses of what the search started from: "greedy" and plain allocations, by name.
+        start_losses: The losses of what the search started from: "greedy" and plain allocations, by name.
         history: The best loss of the starts, and after each generation of the evolutionary search.
     """
 
-    sparsities: dict[str, float]
     masks: PyTree
+    sparsities: dict[str, float]
     sparsity: float
     loss: float
     dense_loss: float
-    starts: dict[str, float]
+    start_losses: dict[str, float]
     history: tuple[float, ...]
 
     def table(self) -> Table:
@@ -144,8 +144,8 @@ def allocate(
                 pruned = _next_generation(losses, pruned, target, offspring, rng)
                 history.append(losses([pruned])[0])
     return Allocated(
-        structures.sparsities(pruned),
         structures.masks(pruned),
+        structures.sparsities(pruned),
         structures.removed(pruned),
         float(history[-1]),
         losses.dense,
