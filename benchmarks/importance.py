@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     args = _parser().parse_args(sys.argv[1:] if arguments is None else list(arguments))
     if args.quick:
-        args.dataset, args.images, args.epochs, args.fine_tune, args.seeds = "digits", 0, 1, 1, 1
+        args.epochs, args.fine_tune, args.seeds = 1, 1, 1
     console = Console()
     note = functools.partial(console.print, highlight=False)
     data = datasets.load(args.dataset)
@@ -164,15 +164,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = harness.parser(STEM, __doc__, EXAMPLES)
     add = parser.add_argument
-    add("--dataset", default="fashion_mnist", help="any of benchmarks.datasets (fashion_mnist)")
-    add("--images", type=int, default=3_000, help="training images, 0 for all (3000)")
+    add("--dataset", default="digits", help="any of benchmarks.datasets (digits)")
+    add("--images", type=int, default=0, help="training images, 0 for all (0)")
     add("--networks", nargs="+", choices=structured.NETWORKS, default=list(structured.NETWORKS))
     add("--targets", nargs="+", type=float, default=[0.5, 0.25], help="shares of FLOPs (0.5 0.25)")
-    add("--epochs", type=int, default=3, help="of dense training (3)")
-    add("--fine-tune", type=int, default=1, help="epochs after pruning (1)")
+    add("--epochs", type=int, default=12, help="of dense training (12)")
+    add("--fine-tune", type=int, default=2, help="epochs after pruning (2)")
     add("--examples", type=int, default=512, help="images for the gates (512)")
     add("--seeds", type=int, default=3, help="(3)")
-    add("--quick", action="store_true", help="digits, one epoch each: does it run?")
+    add("--quick", action="store_true", help="one seed, one epoch each: does it run?")
     return parser
 
 

@@ -150,6 +150,19 @@ def test_other_uses_of_channels_in_another_order_freeze_them(use, why):
     assert why in str(group.frozen)
 
 
+def test_another_function_that_sorts_the_channels_in_its_way_is_refused():
+    def fn(p, x):
+        return jnp.tanh(x @ p["up"]) @ p["down"]
+
+    def ordered(p, x):
+        return jnp.sort(jnp.tanh(x @ p["up"])) @ p["down"]
+
+    group = next(g for g in structured.axis_groups(fn, P, X) if g.size == F)
+    keep = {group: [0, 2, 5]}
+    with pytest.raises(ValueError, match="ordered ties units together"):
+        structured.shrink_function(ordered, keep)(structured.shrink(P, keep), X)
+
+
 def test_a_layer_of_a_stack_by_a_number_that_is_traced():
     stack = {"up": normal(0, 3, 5, F), "down": normal(1, 3, F, 5)}
 

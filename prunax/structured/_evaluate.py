@@ -113,6 +113,7 @@ def keep_of_axes(
                 units = np.flatnonzero(left[position.indices(atom.size)].any(1))
                 if len(units) < atom.size:
                     keep.setdefault(atom, units)
+    _followers.extend(followers, keep)
     for axis, indices in kept:
         found = _axes.kept_indices(axis, keep)
         if found is None and indices is None:
@@ -121,7 +122,6 @@ def keep_of_axes(
         left, right = (every if x is None else x for x in (found, indices))
         if not np.array_equal(left, right):
             raise Incompatible
-    _followers.extend(followers, keep)
     return keep
 
 

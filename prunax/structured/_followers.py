@@ -81,11 +81,11 @@ def extend(followers: Sequence[Follower], keep: dict[Axis, np.ndarray]) -> None:
     """Add to the units that are left those of axes that follow.
 
     Raises:
-        Incompatible: If a part of a source is removed.
+        Incompatible: If a part of a source is removed, or a follower was taken apart.
     """
     for f in followers:
-        source = _axes.find(f.source)
-        if source in keep:
-            keep[_axes.find(f.axis)] = f.kept(keep[source])
+        axis, source = _axes.find(f.axis), _axes.find(f.source)
+        if source in keep and axis.kind == "atom":
+            keep[axis] = f.kept(keep[source])
         elif any(atom in keep for atom in _axes.atoms(source)):
             raise Incompatible
