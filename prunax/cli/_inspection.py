@@ -15,7 +15,7 @@ _GROUPS = (2, 4, 8, 16)
 
 
 class Inspected(NamedTuple):
-    """A tensor that has been inspected at.
+    """What a look at a tensor gave.
 
     Attributes:
         tensor: Its name, shape and dtype.
