@@ -255,7 +255,7 @@ def static(b: Budget, sparsity: float) -> Recipe:
 def dynamic(
     b: Budget, sparsity: float, *, grow: Any, every: int, end: float, drop: float
 ) -> Recipe:
-    """RigL and SET, which differ in what they grow."""
+    """RigL, by two gradients, and SET, which differ in what they grow."""
     return Recipe(
         lambda key, masks: transforms.dynamic_sparse(
             adam(b),
@@ -340,12 +340,6 @@ METHODS: dict[str, Method] = {
         _vary(score=scores.saliency),
         GRADUAL | {"decay": 0.99},
     ),
-    "movement": Method(
-        "gradual",
-        "-w g averaged over steps, each layer alike",
-        _vary(score=scores.movement),
-        GRADUAL | {"decay": 0.99},
-    ),
     "random": Method("gradual", "at random, each layer alike", _vary(score=scores.random), GRADUAL),
     "one-shot": Method("late", "|w| globally, at once, then fine-tuned", one_shot, {"at": 0.5}),
     "ac/dc": Method(
@@ -380,8 +374,14 @@ METHODS: dict[str, Method] = {
     ),
     "rigl": Method(
         "early",
-        "weakest go, largest gradients grow",
+        "weakest go, largest gradients of one batch grow, as published",
         functools.partial(dynamic, grow=scores.gradient),
+        DYNAMIC,
+    ),
+    "rigl-mean": Method(
+        "early",
+        "weakest go, largest mean gradients grow",
+        functools.partial(dynamic, grow=scores.ema_gradients(scores.gradient, 0.99)),
         DYNAMIC,
     ),
     "snip": Method(

@@ -33,14 +33,28 @@ FULL = {"methods": METHODS, "sparsities": list(methods.SPARSITIES), "seeds": 3}
 EPSILON = 0.02  # of the attacks, in pixel values of [0, 1]; the infinity norm
 
 
-def noise(apply: Any, params: PyTree, images: jax.Array, labels: jax.Array, key: jax.Array) -> Any:
+def noise(
+    apply: Any,
+    params: PyTree,
+    images: jax.Array,
+    labels: jax.Array,
+    key: jax.Array,
+    size: float = 0.1,
+) -> jax.Array:
     """Gaussian noise of standard deviation 0.1."""
-    return jnp.clip(images + 0.1 * jax.random.normal(key, images.shape), 0, 1)
+    return jnp.clip(images + size * jax.random.normal(key, images.shape), 0, 1)
 
 
-def blur(apply: Any, params: PyTree, images: jax.Array, labels: jax.Array, key: jax.Array) -> Any:
+def blur(
+    apply: Any,
+    params: PyTree,
+    images: jax.Array,
+    labels: jax.Array,
+    key: jax.Array,
+    size: float = 1.0,
+) -> jax.Array:
     """A Gaussian blur of 5x5 pixels and standard deviation 1."""
-    weights = jnp.exp(-(jnp.arange(-2.0, 3.0) ** 2) / 2)
+    weights = jnp.exp(-((jnp.arange(-2.0, 3.0) / size) ** 2) / 2)
     weights = weights / weights.sum()
     for axis in (1, 2):
         size = images.shape[axis]
@@ -52,23 +66,46 @@ def blur(apply: Any, params: PyTree, images: jax.Array, labels: jax.Array, key: 
 
 
 def brightness(
-    apply: Any, params: PyTree, images: jax.Array, labels: jax.Array, key: jax.Array
-) -> Any:
+    apply: Any,
+    params: PyTree,
+    images: jax.Array,
+    labels: jax.Array,
+    key: jax.Array,
+    size: float = 0.2,
+) -> jax.Array:
     """0.2 more at every pixel."""
-    return jnp.clip(images + 0.2, 0, 1)
+    return jnp.clip(images + size, 0, 1)
+
+
+def contrast(
+    apply: Any,
+    params: PyTree,
+    images: jax.Array,
+    labels: jax.Array,
+    key: jax.Array,
+    size: float = 0.5,
+) -> jax.Array:
+    """Pixels nearer to their image's mean, by half."""
+    mean = images.mean((1, 2, 3), keepdims=True)
+    return mean + (1 - size) * (images - mean)
 
 
 def occlusion(
-    apply: Any, params: PyTree, images: jax.Array, labels: jax.Array, key: jax.Array
-) -> Any:
+    apply: Any,
+    params: PyTree,
+    images: jax.Array,
+    labels: jax.Array,
+    key: jax.Array,
+    size: float = 0.25,
+) -> jax.Array:
     """A black square of a quarter of the image's width, at a random place in each image."""
     count, height, width, _ = images.shape
-    size = max(width // 4, 1)
+    side = max(int(size * width), 1)
     rows, columns = jax.random.split(key)
-    top = jax.random.randint(rows, (count, 1, 1, 1), 0, height - size + 1)
-    left = jax.random.randint(columns, (count, 1, 1, 1), 0, width - size + 1)
+    top = jax.random.randint(rows, (count, 1, 1, 1), 0, height - side + 1)
+    left = jax.random.randint(columns, (count, 1, 1, 1), 0, width - side + 1)
     y, x = jnp.arange(height)[None, :, None, None], jnp.arange(width)[None, None, :, None]
-    hidden = (y >= top) & (y < top + size) & (x >= left) & (x < left + size)
+    hidden = (y >= top) & (y < top + side) & (x >= left) & (x < left + side)
     return jnp.where(hidden, 0.0, images)
 
 

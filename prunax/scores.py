@@ -19,6 +19,7 @@ __all__ = [
     "Score",
     "ScoreWithMemory",
     "ema",
+    "ema_gradients",
     "fisher",
     "gradient",
     "magnitude",
@@ -214,14 +215,18 @@ def _uniform_like(key: jax.Array, leaf: jax.Array) -> jax.Array:
 
 
 class ScoreWithMemory(Protocol):
-    """A score that `prunax.prune` advances at every step: it is recognised by these two methods."""
+    """A score that `prunax.prune` advances at every step: it is recognised by `init` and `update`."""
 
     def init(self, params: Any) -> Any:
         """What is remembered before the first step."""
         ...
 
     def update(self, memory: Any, params: Any, grads: Any) -> Any:
-        """Take in one step. What is remembered is a tree of scores: leaves are ranked by it."""
+        """Take in one step."""
+        ...
+
+    def read(self, memory: Any, params: Any) -> Any:
+        """The scores that leaves are ranked by."""
         ...
 
 
@@ -252,6 +257,32 @@ def ema(score: Score, decay: float) -> Score:
     return _Average(score, decay)
 
 
+def ema_gradients(score: Score, decay: float) -> Score:
+    """Score by an exponential moving average of the gradients, over every training step.
+
+    What gradients of single batches have in common stays in their mean, and what differs cancels out; `ema` of a score
+    that takes absolute values adds the noise up instead. It costs a float32 number for each weight.
+
+    Args:
+        score: ``score(params, grads)``, which is given the mean in place of the gradients.
+        decay: As for `ema`. Steps at which a gradient is not finite do not enter the mean.
+
+    Returns:
+        The score, a `ScoreWithMemory`. Called as a function it is the score of one step alone.
+
+    Raises:
+        ValueError: If the decay is not in [0, 1).
+
+    Examples:
+        >>> import jax, optax, prunax
+        >>> grow = prunax.scores.ema_gradients(prunax.scores.gradient, 0.99)
+        >>> tx = prunax.transforms.dynamic_sparse(optax.adam(1e-3), 0.9, grow=grow, key=jax.random.key(0))
+    """
+    if not 0 <= decay < 1:
+        raise ValueError(f"scores.ema_gradients: decay must lie in [0, 1), got {decay}.")
+    return _GradientAverage(score, decay)
+
+
 @dataclass(frozen=True)
 class _Average:
     score: Score
@@ -271,16 +302,46 @@ class _Average:
             )
         )
 
-    def update(self, average: PyTree, params: PyTree, grads: PyTree) -> PyTree:
+    def update(self, memory: PyTree, params: PyTree, grads: PyTree) -> PyTree:
         def mix(old: jax.Array, new: jax.Array) -> jax.Array:
+            if new.shape != old.shape:  # a gradient of a leaf that is never pruned
+                return old
             past = jnp.where(jnp.isneginf(old), jnp.float32(0), old)
             mixed = self.decay * past + (1 - self.decay) * new.astype(jnp.float32)
             kept = jnp.where(jnp.isneginf(new), jnp.float32(-jnp.inf), old)
             return jnp.where(jnp.isfinite(new), mixed, kept)
 
-        leaves, treedef = jax.tree.flatten(average)
-        scores = trees.leaves_like("scores.ema", "scores", self.score(params, grads), average)
-        return treedef.unflatten(map(mix, leaves, scores))
+        leaves, treedef = jax.tree.flatten(memory)
+        seen = trees.leaves_like("scores.ema", "scores", self.seen(params, grads), memory)
+        return treedef.unflatten(map(mix, leaves, seen))
+
+    def seen(self, params: PyTree, grads: PyTree) -> PyTree:
+        """What is averaged."""
+        return self.score(params, grads)
+
+    def read(self, memory: PyTree, params: PyTree) -> PyTree:
+        """The average itself."""
+        del params
+        return memory
+
+
+@dataclass(frozen=True)
+class _GradientAverage(_Average):
+    def seen(self, params: PyTree, grads: PyTree) -> PyTree:
+        """The gradients; -inf, which would mean something as a score, is as good as NaN."""
+        del params
+        return jax.tree.map(
+            lambda g: (
+                jnp.where(jnp.isfinite(g), g, jnp.nan)
+                if jnp.issubdtype(g.dtype, jnp.floating)
+                else g
+            ),
+            grads,
+        )
+
+    def read(self, memory: PyTree, params: PyTree) -> PyTree:
+        """The score of the mean gradients."""
+        return self.score(params, memory)
 
 
 def check_score(function: str, score: object) -> None:

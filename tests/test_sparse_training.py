@@ -121,6 +121,7 @@ def test_rigl_drops_the_smallest_and_grows_the_largest_gradients():
         optax.sgd(0.0),
         0.5,
         key=jax.random.key(0),
+        decay=0.0,
         initial=lambda p, g: initial,
         every=1,
         drop_fraction=lambda count: 0.5,
@@ -133,6 +134,48 @@ def test_rigl_drops_the_smallest_and_grows_the_largest_gradients():
     quiet = {"kernel": jnp.array([[0.0, 0.0, 9.0, 9.0, 1.0, 3.0, 2.0, 0.0]])}
     _, moved = tx.update(quiet, state, params)
     assert moved.masks["kernel"].tolist() == [[False, False, True, True, False, True, True, False]]
+
+
+def test_rigl_grows_by_the_mean_gradient():
+    # The batches disagree about the fifth weight, whose gradients are the largest, and agree about the sixth.
+    params = {"kernel": jnp.array([[1.0, 2.0, 3.0, 4.0, 0.0, 0.0, 0.0, 0.0]])}
+    initial = {"kernel": jnp.array([[1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]])}
+    options = {"key": jax.random.key(0), "initial": lambda p, g: initial, "every": 2}
+    options["drop_fraction"] = lambda count: 0.25
+
+    def masks_after(tx):
+        state = tx.init(params)
+        for sign in (1.0, -1.0, 1.0):
+            grads = {"kernel": jnp.array([[0.0, 0.0, 0.0, 0.0, 8.0 * sign, 5.0, 1.0, 0.0]])}
+            _, state = tx.update(grads, state, params)
+        return state
+
+    mean = masks_after(transforms.rigl(optax.sgd(0.0), 0.5, decay=0.75, **options))
+    batch = masks_after(transforms.rigl(optax.sgd(0.0), 0.5, decay=0.0, **options))
+    of_scores = scores.ema(scores.gradient, 0.75)
+    sizes = masks_after(transforms.dynamic_sparse(optax.sgd(0.0), 0.5, grow=of_scores, **options))
+    assert mean.averaged_scores["kernel"][0, 4:6].tolist() == [1.625, 2.890625]
+    assert np.flatnonzero(mean.masks["kernel"]).tolist() == [1, 2, 3, 5]
+    assert np.flatnonzero(batch.masks["kernel"]).tolist() == [1, 2, 3, 4]
+    assert np.flatnonzero(sizes.masks["kernel"]).tolist() == [1, 2, 3, 4]
+    assert batch.averaged_scores is None
+
+
+def test_a_mean_leaves_out_gradients_that_are_not_finite():
+    score = scores.ema_gradients(scores.gradient, 0.5)
+    tree = {"kernel": jnp.zeros(3), "steps": jnp.zeros((), jnp.int32)}
+    memory = score.init(tree)
+    for row in ([4.0, -4.0, 4.0], [-jnp.inf, jnp.nan, 2.0]):
+        memory = score.update(memory, tree, {**tree, "kernel": jnp.array(row)})
+    assert memory["kernel"].tolist() == [2.0, -2.0, 2.0]
+    assert score.read(memory, tree)["kernel"].tolist() == [2.0, 2.0, 2.0]
+
+
+def test_only_growth_remembers():
+    with pytest.raises(ValueError, match="only grow"):
+        transforms.rigl(
+            optax.sgd(0.1), 0.5, key=jax.random.key(0), drop=scores.ema(scores.magnitude, 0.9)
+        )
 
 
 def test_cosine_drop_fraction_ends():
@@ -190,7 +233,7 @@ def test_dynamic_training_refuses_rescaled_scores():
 
 
 def test_nan_gradient_keeps_the_masks_and_is_counted():
-    tx = transforms.rigl(optax.adam(1e-2), 0.8, key=jax.random.key(2), every=1)
+    tx = transforms.rigl(optax.adam(1e-2), 0.8, key=jax.random.key(2), every=1, decay=0.0)
     params = make_params()
     _, state = tx.update(params, tx.init(params), params)
     bad = jax.tree.map(lambda p: p.at[(0,) * p.ndim].set(jnp.nan), params)

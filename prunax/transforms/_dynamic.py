@@ -50,8 +50,9 @@ def dynamic_sparse(
     Args:
         inner: Any optax transformation.
         sparsity: Fraction of weights that are zero throughout, in [0, 1]; None for what the pattern fixes.
-        grow: Which connections to grow: ``score(params, grads)`` of the dense gradients. `scores.gradient` makes RigL,
-            `scores.random` makes SET. A score that takes a ``key`` gets a fresh one at every update.
+        grow: Which connections to grow: ``score(params, grads)`` of the dense gradients. `scores.gradient` makes RigL
+            as published, ``scores.ema_gradients(scores.gradient, 0.99)`` that of `rigl`, `scores.random` SET. A score
+            that takes a ``key`` gets a fresh one at every update.
         key: A JAX random key, for the first masks and for random growth.
         every: Steps from one mask update to the next.
         end_step: No mask update from here on; None for no end, with a constant drop fraction.
@@ -99,6 +100,12 @@ def dynamic_sparse(
     schedules.check_steps("dynamic_sparse", every=every)
     if end_step is not None:
         schedules.check_steps("dynamic_sparse", end_step=end_step)
+    average = score_functions.memory_of(grow)
+    if any(score_functions.memory_of(score) for score in (drop, initial)):
+        raise ValueError(
+            "dynamic_sparse: only grow may be a score with a memory, such as scores.ema. Pass drop and initial scores "
+            "of one step."
+        )
     if not callable(drop_fraction):
         schedules.check_sparsity("dynamic_sparse", drop_fraction, "drop_fraction")
 
@@ -121,13 +128,15 @@ def dynamic_sparse(
         chosen: trees.Selection,
         masks: list[jax.Array],
     ) -> Ranking:
-        del averaged
         score_of = {"initial scores": initial, "drop scores": drop, "grow scores": grow}
         scores: dict[str, dict[int, jax.Array]] = {}
         for noun, function in score_of.items():
             step_key = jax.random.fold_in(key, count)
             fresh = {"key": step_key} if score_functions.needs_key(function) else {}
-            tree = function(chosen.params, grads, **fresh)
+            if average is not None and function is grow:
+                tree = average.read(averaged, chosen.params)
+            else:
+                tree = function(chosen.params, grads, **fresh)
             ranked, arrays = mask_functions.scored("dynamic_sparse", noun, tree, chosen)
             scores[noun] = dict(zip(ranked.indices, arrays, strict=True))
         # A leaf that lacks one of the scores is never pruned.
@@ -186,18 +195,29 @@ def dynamic_sparse(
         where=where,
         mask_gradients=mask_gradients,
         packed=packed,
+        average=average,
     )
 
 
 def rigl(
-    inner: optax.GradientTransformation, sparsity: float, *, key: jax.Array, **options: Any
+    inner: optax.GradientTransformation,
+    sparsity: float,
+    *,
+    key: jax.Array,
+    decay: float = 0.99,
+    **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """RigL: `dynamic_sparse` that grows the connections with the largest gradients.
+
+    Published RigL looks at the gradient of one batch. That of a small batch is mostly noise, largest at the units and
+    inputs that vary most, and all that grows ends there. Here it is the mean over about ``1 / (1 - decay)`` steps.
 
     Args:
         inner: Any optax transformation.
         sparsity: Fraction of weights that are zero throughout, in [0, 1].
         key: A JAX random key for the first masks.
+        decay: Of the mean of the gradients, in [0, 1), as in `scores.ema_gradients`. 0.0 for the gradient of the one
+            batch, as published, which suits batches of thousands and needs no memory.
         **options: Any other argument of `dynamic_sparse`. RigL as published has ``every=100, drop_fraction=0.3`` and
             ``end_step`` at three quarters of the training.
 
@@ -214,7 +234,10 @@ def rigl(
     References:
         Evci et al., Rigging the Lottery: Making All Tickets Winners, 2020, arXiv:1911.11134, algorithm 1.
     """
-    return dynamic_sparse(inner, sparsity, grow=score_functions.gradient, key=key, **options)
+    grow = score_functions.gradient
+    if decay:
+        grow = score_functions.ema_gradients(grow, decay)
+    return dynamic_sparse(inner, sparsity, grow=grow, key=key, **options)
 
 
 def sparse_evolutionary(

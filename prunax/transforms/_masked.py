@@ -36,7 +36,8 @@ class PruneState(NamedTuple):
             bool ones).
         inner_state: State of the wrapped optimizer.
         skipped_updates: int32 scalar, mask updates skipped because a score was NaN.
-        averaged_scores: float32 scores of the params' structure where the score is a `scores.ema`, else None.
+        averaged_scores: float32 tree of the params' structure, what a score with a memory (`scores.ema`,
+            `scores.ema_gradients`) remembers, else None.
     """
 
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride] - as in optax's states

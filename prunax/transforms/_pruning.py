@@ -136,7 +136,10 @@ def pruned(
         chosen: trees.Selection,
         masks: list[jax.Array],
     ) -> Ranking:
-        tree = score(chosen.params, grads) if averaged is None else averaged
+        if average is None:
+            tree = score(chosen.params, grads)
+        else:
+            tree = average.read(averaged, chosen.params)
         ranked, scores = mask_functions.scored(name, "scores", tree, chosen)
         plan = plan_at(schedule, count, ranked.shapes, allocation, pattern)
         has_nan = any_nan(scores)
