@@ -28,7 +28,7 @@ examples:
 """
 SPARSITIES = (0.9, 0.97, 0.99)
 METHODS = ("magnitude", "movement")
-BATCH, FIRST_EPOCHS, EPOCHS = 128, 3, 3
+BATCH, FIRST_EPOCHS, EPOCHS = 128, 2, 2
 RATE, SCORE_RATE = 1e-3, 1e-2
 BEGIN, END = 0.1, 0.7  # of the fine-tuning, from where to where the sparsity grows
 ALLOCATION = prunax.allocation.erdos_renyi

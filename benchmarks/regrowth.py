@@ -29,7 +29,7 @@ examples:
   python -m benchmarks.regrowth --out benchmarks/results
 """
 NETWORKS = {"mlp": "LeNet-300-100", "lenet5": "LeNet-5", "resnet": "ResNet"}
-EPOCHS = {"mlp": 5, "lenet5": 5, "resnet": 2}
+EPOCHS = {"mlp": 3, "lenet5": 5, "resnet": 2}
 RATES = {"adam": 4e-3, "sgd": 0.1}
 SPARSITIES = (0.9, 0.95, 0.98)
 METHODS = {
@@ -346,7 +346,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--optimizers", nargs="+", choices=RATES, default=list(RATES), help="(all)")
     add("--sparsities", nargs="+", type=float, default=list(SPARSITIES), help="(0.9 0.95 0.98)")
     add("--seeds", type=int, default=5, help="how many (5)")
-    add("--epochs", type=int, help="of each run (5, 5 and 2)")
+    add("--epochs", type=int, help="of each run (3, 5 and 2)")
     add("--no-why", action="store_true", help="leave out the changes one at a time")
     return parser
 

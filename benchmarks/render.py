@@ -17,6 +17,8 @@ from pathlib import Path
 
 from benchmarks import (
     accelerator,
+    adversarial,
+    anomalies,
     budgets,
     checkpoints,
     finetuning,
@@ -44,6 +46,8 @@ SOURCES = {
     "methods-long": functools.partial(methods.tables, stem="methods-long"),
     "regrowth": regrowth.tables,
     "finetuning": finetuning.tables,
+    "adversarial": adversarial.tables,
+    "anomalies": anomalies.tables,
     "robustness": robustness.tables,
     "budgets": budgets.tables,
     "selection": selection.tables,

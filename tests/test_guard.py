@@ -42,6 +42,35 @@ def test_batches():
     assert "from 0 to 255" in findings[2].detail
 
 
+def test_batches_are_compared_with_a_good_one():
+    key = jax.random.split(jax.random.key(1), 4)
+    good = {
+        "image": jax.random.uniform(key[0], (500, 6, 6)),
+        "label": jax.random.randint(key[1], (500,), 0, 10),
+    }
+    batch = {
+        "image": jax.random.uniform(key[2], (64, 6, 6)),
+        "label": jax.random.randint(key[3], (64,), 0, 10),
+    }
+    assert reports.screen_batch(batch, like=good) == ()
+
+    def found(**changed):
+        return kinds(reports.screen_batch({**batch, **changed}, low=0.0, high=1.0, like=good))
+
+    image, label = batch["image"], batch["label"]
+    assert found(image=image / 255)[0] == ("image", "shifted", 64)
+    assert found(image=image.at[3].set(image[3] ** 9).at[5].multiply(-3))[-1] == (
+        "image",
+        "unlike the others",
+        1,
+    )
+    assert ("image", "repeated", 64) in found(image=jnp.broadcast_to(image[:1], image.shape))
+    assert found(label=label // 5) == [("label", "shifted", 64)]
+    assert found(label=(label + 1) % 10) == []  # as often as before: nothing tells
+    with pytest.raises(ValueError, match=r"screen_batch: .*'label'"):
+        reports.screen_batch(batch, like={"image": image})
+
+
 def test_params():
     masks = {
         "broken": jnp.ones((32, 16), bool),
@@ -65,6 +94,12 @@ def test_params():
     ]
     text = reports.findings_table(findings).markdown()
     assert "| empty | empty | Every weight is pruned" in text
+
+
+@pytest.mark.parametrize("value", [50.0, 1e38])
+def test_an_outlier_hides_neither_itself_nor_in_a_small_layer(value):
+    params = {"kernel": KERNEL[:6, :6].at[2, 3].set(value)}
+    assert kinds(reports.screen_params(params)) == [("kernel", "outliers", 1)]
 
 
 def test_zeros_count_as_pruned_without_masks():

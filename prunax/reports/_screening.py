@@ -20,7 +20,8 @@ class Finding(NamedTuple):
 
     Attributes:
         path: Of the leaf: ``encoder/0/kernel``.
-        kind: "not finite", "out of range", "constant", "empty", "outliers" or "units without weights".
+        kind: "not finite", "out of range", "constant", "repeated", "shifted", "unlike the others", "empty", "outliers"
+            or "units without weights".
         number: How many elements (or units).
         size: Of how many.
         detail: What was found and what it may mean.
@@ -37,7 +38,11 @@ class Finding(NamedTuple):
 
 
 def screen_batch(
-    batch: PyTree, *, low: float | None = None, high: float | None = None
+    batch: PyTree,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    like: PyTree | None = None,
 ) -> tuple[Finding, ...]:
     """Look for values in a batch that training or calibration should not see.
 
@@ -45,10 +50,19 @@ def screen_batch(
         batch: Pytree of arrays: images, labels, tokens. Leaves that are not arrays are left out.
         low: The least value that a floating-point leaf may hold; None for no limit.
         high: The largest.
+        like: A good batch of the same structure, with examples along the first axis, some hundred of them. None for no
+            comparison.
 
     Returns:
         Findings in tree order: NaN or infinite values; values below `low` or above `high`; floating-point leaves
-        of more than one element that are all equal. Integer leaves are not looked at: a batch may be of one label.
+        of more than one element that are all equal, or whose examples are. Compared with `like`: means or standard
+        deviations of the examples that lie more than six standard errors off; examples more than twice as far from the
+        mean as any good one, in standard deviations of each element; frequencies of integers, labels say, that are
+        as unlikely. Without it integer leaves are not looked at: a batch may be of one label. Labels that are wrong in
+        the same proportions are found by neither.
+
+    Raises:
+        ValueError: If the structures of the batch and `like` differ, naming the leaf.
 
     Examples:
         >>> import jax.numpy as jnp, prunax
@@ -57,6 +71,15 @@ def screen_batch(
         [('image', 'not finite', 1), ('image', 'out of range', 1)]
     """
     found = []
+    good: dict[str, Any] = {}
+    if like is not None:
+        good = dict(
+            zip(
+                trees.paths(batch),
+                trees.leaves_like("screen_batch", "like", like, batch),
+                strict=True,
+            )
+        )
     for path, x in _floating(batch):
         finite = jnp.isfinite(x)
         broken = int(jnp.sum(~finite))
@@ -89,7 +112,58 @@ def screen_batch(
                     "All values are equal: there is nothing to learn from it.",
                 )
             )
+        elif x.ndim > 1 and len(x) > 1 and not broken and bool(jnp.all(x == x[:1])):
+            found.append(Finding(path, "repeated", len(x), len(x), "All examples are equal."))
+        if path in good and x.ndim and not broken:
+            found.extend(_compared(path, x, jnp.asarray(good[path])))
+    for path, x in zip(trees.paths(batch), jax.tree.leaves(batch), strict=True):
+        if path in good and trees.is_array(x) and jnp.issubdtype(x.dtype, jnp.integer):
+            found.extend(_counted(path, np.asarray(x).ravel(), np.asarray(good[path]).ravel()))
     return tuple(found)
+
+
+_STANDARD_ERRORS = (
+    6.0  # of a good batch one in hundreds of millions lies beyond, were the errors normal
+)
+_TIMES_AS_FAR = 2.0
+
+
+def _compared(path: str, x: jax.Array, good: jax.Array) -> Iterator[Finding]:
+    """Compare the examples of a leaf with good ones."""
+    rows, known = (a.reshape(len(a), -1).astype(jnp.float32) for a in (x, good))
+    for name, of in (("mean", jnp.mean), ("standard deviation", jnp.std)):
+        here, there = of(rows, axis=1), of(known, axis=1)
+        error = jnp.std(there) * (1 / len(here) + 1 / len(there)) ** 0.5 + 1e-12
+        off = float(jnp.abs(jnp.mean(here) - jnp.mean(there)) / error)
+        if off > _STANDARD_ERRORS:
+            seen = f"The {name} of an example is {float(here.mean()):.3g}, of a good one {float(there.mean()):.3g}."
+            yield Finding(path, "shifted", len(x), len(x), seen)
+            break
+    center, spread = jnp.mean(known, axis=0, keepdims=True), jnp.var(known, axis=0, keepdims=True)
+    spread = spread + 0.01 * jnp.mean(spread) + 1e-12
+    here, there = (jnp.mean((a - center) ** 2 / spread, axis=1) for a in (rows, known))
+    far = int(jnp.sum(here > _TIMES_AS_FAR * jnp.max(there)))
+    if far:
+        seen = (
+            "They lie further from the mean than any good example, by far. Where do they come from?"
+        )
+        yield Finding(path, "unlike the others", far, len(x), seen)
+
+
+def _counted(path: str, x: Any, good: Any) -> Iterator[Finding]:
+    """Compare the frequencies of integers, by the chi-square of two samples."""
+    values, where = np.unique(np.concatenate([x, good]), return_inverse=True)
+    a, b = (np.bincount(w, minlength=len(values)) for w in np.split(where, [len(x)]))
+    if len(values) < 2 or not x.size or not good.size:
+        return
+    ratio = np.sqrt(good.size / x.size)
+    chi, freedom = np.sum((ratio * a - b / ratio) ** 2 / (a + b)), len(values) - 1
+    if (chi - freedom) / np.sqrt(2 * freedom) > _STANDARD_ERRORS:
+        worst = int(np.argmax(np.abs(a / x.size - b / good.size)))
+        seen = (
+            f"{a[worst] / x.size:.0%} are {values[worst]}, of good ones {b[worst] / good.size:.0%}."
+        )
+        yield Finding(path, "shifted", int(x.size), int(x.size), seen)
 
 
 def screen_params(
@@ -100,7 +174,8 @@ def screen_params(
     Args:
         params: Pytree of arrays.
         masks: Mask tree of the same structure, True = kept. Without it weights that are zero count as pruned.
-        outlier: A kept weight is an outlier beyond so many times the root mean square of its leaf's kept weights.
+        outlier: A kept weight is an outlier beyond so many standard deviations of its leaf's kept weights, as their
+            median tells it.
 
     Returns:
         Findings in tree order: weights that are not finite; prunable leaves that are empty, through which nothing
@@ -165,11 +240,13 @@ def screen_params(
                         "Their outputs are constant; structural pruning can remove them.",
                     )
                 )
-        values = jnp.where(kept & finite, x, 0).astype(trees.wide_dtype(x.dtype))
-        limit = outlier * jnp.sqrt(jnp.sum(jnp.square(values)) / max(number, 1))
-        beyond = int(jnp.sum(jnp.abs(values) > limit))
+        sizes = jnp.abs(x).astype(trees.wide_dtype(x.dtype))
+        counted = kept & finite & (sizes > 0)
+        # The median, which an outlier does not move; of normal weights it is 0.6745 standard deviations.
+        limit = outlier * jnp.nanmedian(jnp.where(counted, sizes, jnp.nan)) / 0.6745
+        beyond = int(jnp.sum(counted & (sizes > limit)))
         if beyond:
-            largest = float(jnp.max(jnp.abs(values)))
+            largest = float(jnp.max(jnp.where(counted, sizes, 0)))
             seen = f"The largest is {largest:.3g}, {outlier:g} times the usual size is {float(limit):.3g}."
             found.append(Finding(path, "outliers", beyond, x.size, seen))
     return tuple(found)
