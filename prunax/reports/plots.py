@@ -295,7 +295,8 @@ def fronts(
         ticks |= set(np.round(sparsity, 4).tolist())
     axes.set_xscale("log")
     shown = _spread_out(sorted(ticks))
-    axes.set_xticks([1 / (1 - s) for s in shown], [f"{100 * s:g}%" for s in shown])
+    labels = [f"{round(100 * s, 1 if s < 0.999 else 3):g}%" for s in shown]
+    axes.set_xticks([1 / (1 - s) for s in shown], labels)
     axes.minorticks_off()
     axes.set(xlabel="sparsity", ylabel=ylabel)
     axes.grid(alpha=0.3)
@@ -460,8 +461,12 @@ def _hide_rest(figure: "Figure", used: int) -> None:
 
 def _spread_out(sparsities: Sequence[float]) -> list[float]:
     """Those far enough apart on the axis that their labels do not run into each other."""
+    if not sparsities:
+        return []
+    # A label takes a seventh of the axis, which is logarithmic in what is kept.
+    least = max(1.25, ((1 - sparsities[0]) / (1 - sparsities[-1])) ** 0.14)
     shown: list[float] = []
     for s in reversed(sparsities):
-        if not shown or (1 - s) / (1 - shown[-1]) > 1.25:
+        if not shown or (1 - s) / (1 - shown[-1]) > least:
             shown.append(s)
     return shown[::-1]
