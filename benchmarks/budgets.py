@@ -151,7 +151,10 @@ def run(
             loss_fn, params, args.sparsity, key=key, generations=args.generations, **options
         )
         seconds[name] = time.perf_counter() - begin
-        found[name] = figures(result.masks) | {"starts": result.start_losses, "history": result.history}
+        found[name] = figures(result.masks) | {
+            "starts": result.start_losses,
+            "history": result.history,
+        }
 
     note("max_sparsity")
     begin = time.perf_counter()

@@ -67,7 +67,7 @@ class Network:
     Args:
         params: layered.
         importance: windows ``(count, length)`` for the importance of units.
-        tokens: windows ``(count, length)`` that losses are measured on.
+        tokens: windows ``(count, length)`` that losses are measured on: some for depth, all for the search.
         args: of the command line.
     """
 
@@ -75,7 +75,8 @@ class Network:
         self, params: PyTree, importance: np.ndarray, tokens: np.ndarray, args: argparse.Namespace
     ) -> None:
         self.params, self.args = params, args
-        self.importance, self.tokens = importance, jnp.asarray(tokens)
+        self.importance, self.tokens = importance, jnp.asarray(tokens[::2])
+        self.more_tokens = jnp.asarray(tokens)
         self.groups = structured.axis_groups(apply, params, self.tokens[:1])
         self.total = structured.count_parameters(apply, params)
         layer = structured.count_parameters(apply, params["layers"][0])
@@ -101,18 +102,19 @@ class Network:
             loss=loss if by_loss else None,
         )
 
-    def narrow(
-        self, end: str, target: float, scores: Mapping[str, Any], ranked: bool
-    ) -> structured.Shrunk:
+    def narrow(self, target: float, scores: Mapping[str, Any], ranked: bool) -> structured.Shrunk:
         return structured.prune_channels(
             apply,
             self.params,
             self.tokens[:1],
-            scores={group.name: scores[group.name] for group in self.named(end)},
+            scores=scores,
             target=target,
             cost=structured.count_parameters,
             allocation=allocation.global_ranking if ranked else allocation.uniform,
         )
+
+    def scores_of(self, end: str) -> dict[str, Any]:
+        return {group.name: self.scores[group.name] for group in self.named(end)}
 
     def magnitude(self) -> dict[str, Any]:
         sizes = jax.tree.map(jnp.abs, self.params)
@@ -121,12 +123,14 @@ class Network:
 
     def together(self) -> structured.Shrunk:
         """Units, heads and layers, to the least budget with which the parameters are few enough."""
-        groups = self.named(UNITS, HEADS)
-        widths = search.channels(groups, self.params, scores=self.scores)
-        depth = search.branches(apply, self.params, self.tokens, blocks="layers/*")
-        both = search.together(widths, depth)
-        own = functools.partial(loss, apply, tokens=self.tokens)
-        measured = search.sensitivity(own, self.params, self.args.grid, structures=both)
+        units, heads = (
+            search.channels(self.named(end), self.params, scores=self.scores_of(end))
+            for end in (UNITS, HEADS)
+        )
+        layers = search.branches(apply, self.params, self.tokens, blocks="layers/*")
+        every = search.together(units, heads, layers)
+        own = functools.partial(loss, apply, tokens=self.more_tokens)
+        measured = search.sensitivity(own, self.params, self.args.grid, structures=every)
 
         def made(shares: Mapping[str, float]) -> structured.Shrunk:
             small = structured.prune_channels(
@@ -134,9 +138,11 @@ class Network:
                 self.params,
                 self.tokens[:1],
                 scores=self.scores,
-                allocation=allocation.by_path({name: shares[name] for name in widths.names}),
+                allocation=allocation.by_path(
+                    {name: shares[name] for name in (*units.names, *heads.names)}
+                ),
             )
-            gone = [name for name in depth.names if shares[name]]
+            gone = [name for name in layers.names if shares[name]]
             if not gone:
                 return small
             return structured.prune_depth(small.fn, small.params, self.tokens[:1], remove=gone)
@@ -146,7 +152,7 @@ class Network:
                 own,
                 self.params,
                 budget,
-                structures=both,
+                structures=every,
                 measured=measured,
                 key=jax.random.key(0),
                 generations=self.args.generations,
@@ -156,13 +162,13 @@ class Network:
 
         # What two structures share counts twice in the budget, so that it is found by trying.
         wanted = self.args.share * self.total
-        budget = (1 - self.args.share) * self.total / both.cost
+        budget = (1 - self.args.share) * self.total / every.cost
         small = smaller(budget)
         for _ in range(3):
             missing = structured.count_parameters(small.fn, small.params) - wanted
             if missing <= 0:
                 break
-            budget += 1.05 * missing / both.cost
+            budget += 1.05 * missing / every.cost
             small = smaller(budget)
         return small
 
@@ -170,10 +176,10 @@ class Network:
 RECIPES: dict[str, Callable[[Network], structured.Shrunk]] = {
     "depth, block influence": lambda n: n.depth(False),
     "depth, measured loss": lambda n: n.depth(True),
-    "feed-forward units, magnitude": lambda n: n.narrow(UNITS, n.shallow, n.magnitude(), False),
-    "feed-forward units, gates": lambda n: n.narrow(UNITS, n.shallow, n.scores, True),
-    "heads, gates": lambda n: n.narrow(HEADS, n.shallow, n.scores, True),
-    "feed-forward units alone, gates": lambda n: n.narrow(UNITS, n.args.share, n.scores, True),
+    "feed-forward units, magnitude": lambda n: n.narrow(n.shallow, n.magnitude(), False),
+    "feed-forward units, gates": lambda n: n.narrow(n.shallow, n.scores_of(UNITS), True),
+    "heads, gates": lambda n: n.narrow(n.shallow, n.scores_of(HEADS), True),
+    "feed-forward units alone, gates": lambda n: n.narrow(n.args.share, n.scores_of(UNITS), True),
     "units, heads and layers by search": lambda n: n.together(),
 }
 
@@ -260,13 +266,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     calibrating, held_out = llm.documentation()
     evaluated = rows(held_out, args.evaluate, 256)
     network = Network(
-        layered(params), rows(calibrating, args.batches * 4, 128), rows(calibrating, 2, 128), args
+        layered(params), rows(calibrating, args.batches * 4, 128), rows(calibrating, 4, 128), args
     )
     settings = {
         "layers": args.layers,
         "share": args.share,
         "importance": [4 * args.batches, 128],
-        "losses": [2, 128],
+        "losses": {"depth": [2, 128], "search": [4, 128]},
         "evaluation": list(evaluated.shape),
         "timed": 128,
         "grid": args.grid,
@@ -276,7 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     file = args.out / f"{STEM}.json"
     results = harness.Results(file, settings, command, ["network"])
     for name in args.network:
-        if results.find(name) is None:
+        if results.find(name) is None or args.again:
             record = measure(name, network, evaluated, evaluated[:1, :128], args.repeats)
             results.add(record)
             console.print(f"{name}: {record['perplexity']:.2f}", highlight=False)
@@ -290,12 +296,13 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", type=Path, required=True, help="the wheel, or the GGUF file in it")
     add("--network", nargs="+", choices=names, default=names, metavar="NAME", help="(all)")
+    add("--again", action="store_true", help="repeat what the file has")
     add("--layers", type=int, default=4, help="layers that depth leaves out (4)")
     add("--share", type=float, default=0.75, help="of the parameters, for the search (0.75)")
     add("--batches", type=int, default=4, help="of 4 windows, for importance (4)")
     add("--evaluate", type=int, default=8, help="windows of 256 tokens to evaluate on (8)")
     add("--grid", nargs="+", type=float, default=[0.2, 0.5, 1.0], help="sparsities to measure")
-    add("--generations", type=int, default=8, help="of the evolutionary search (8)")
+    add("--generations", type=int, default=16, help="of the evolutionary search (16)")
     add("--repeats", type=int, default=9, help="timed calls (9)")
     return parser
 

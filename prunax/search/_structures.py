@@ -290,8 +290,10 @@ def channels(
         kept = _selection.keep_largest(scores, pools, _each(num_pruned, len(chosen)))
         return unit_masks(chosen, params, kept)
 
-    normalized = functools.partial(allocations.global_ranking, normalize=True)
-    plain = {"uniform": allocations.uniform, "global_ranking": normalized}
+    by_unit = isinstance(scores, Mapping) and set(names) & set(scores)
+    # Scores of units are of one kind; sums over weights grow with their number.
+    ranking = functools.partial(allocations.global_ranking, normalize=not by_unit)
+    plain = {"uniform": allocations.uniform, "global_ranking": ranking}
     return Structures(
         names=names,
         sizes=sizes,
@@ -313,7 +315,8 @@ def together(*structures: Structures) -> Structures:
         *structures: From `channels`, `branches`, `experts`, `leaves`, of the same params, their costs in one unit.
 
     Returns:
-        The `Structures`, names and all one after the other. What two of them remove counts for both.
+        The `Structures`, names and all one after the other. What two of them remove counts for both. Searches also try
+        what each of them alone would start from.
 
     Raises:
         ValueError: If a name occurs twice, or there is nothing.
@@ -355,10 +358,26 @@ def together(*structures: Structures) -> Structures:
             loss_fn = s.pruned(loss_fn, score, count)
         return loss_fn
 
-    def start(way: str, sparsity: float) -> np.ndarray:
-        found = [s.starts.get(way, next(iter(s.starts.values())))(sparsity) for s in structures]
+    whole = sum(s.cost for s in structures)
+
+    def start(sparsity: float) -> np.ndarray:
+        found = [s.starts.get("uniform", next(iter(s.starts.values()))) for s in structures]
+        return np.concatenate([way(sparsity) for way in found])
+
+    def alone(part: Structures, way: str, sparsity: float) -> np.ndarray:
+        share = min(sparsity * whole / part.cost, 1.0)
+        found = [
+            part.starts[way](share) if s is part else np.zeros(len(s.names), np.int64)
+            for s in structures
+        ]
         return np.concatenate(found)
 
+    starts: dict[str, Callable[[float], np.ndarray]] = {"uniform": start}
+    if len(structures) > 1:
+        for n, part in enumerate(structures):
+            starts |= {
+                f"{way} of part {n}": functools.partial(alone, part, way) for way in part.starts
+            }
     return Structures(
         names=names,
         sizes=tuple(n for s in structures for n in s.sizes),
@@ -367,7 +386,7 @@ def together(*structures: Structures) -> Structures:
         unit_costs=tuple(c for s in structures for c in s.unit_costs),
         scores=[s.scores for s in structures],
         build=build,
-        starts={"uniform": functools.partial(start, "uniform")},
+        starts=starts,
         switch=switch if any(s.switch for s in structures) else None,
     )
 
