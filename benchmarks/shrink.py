@@ -67,16 +67,22 @@ class Network:
     Args:
         params: layered.
         importance: windows ``(count, length)`` for the importance of units.
-        tokens: windows ``(count, length)`` that losses are measured on: some for depth, all for the search.
+        tokens: windows ``(count, length)`` that depth is chosen on.
+        more_tokens: windows ``(count, length)`` for the losses of the search.
         args: of the command line.
     """
 
     def __init__(
-        self, params: PyTree, importance: np.ndarray, tokens: np.ndarray, args: argparse.Namespace
+        self,
+        params: PyTree,
+        importance: np.ndarray,
+        tokens: np.ndarray,
+        more_tokens: np.ndarray,
+        args: argparse.Namespace,
     ) -> None:
         self.params, self.args = params, args
-        self.importance, self.tokens = importance, jnp.asarray(tokens[::2])
-        self.more_tokens = jnp.asarray(tokens)
+        self.importance, self.tokens = importance, jnp.asarray(tokens)
+        self.more_tokens = jnp.asarray(more_tokens)
         self.groups = structured.axis_groups(apply, params, self.tokens[:1])
         self.total = structured.count_parameters(apply, params)
         layer = structured.count_parameters(apply, params["layers"][0])
@@ -265,9 +271,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     calibrating, held_out = llm.documentation()
     evaluated = rows(held_out, args.evaluate, 256)
-    network = Network(
-        layered(params), rows(calibrating, args.batches * 4, 128), rows(calibrating, 4, 128), args
-    )
+    importance, few, more = (rows(calibrating, n, 128) for n in (args.batches * 4, 2, 4))
+    network = Network(layered(params), importance, few, more, args)
     settings = {
         "layers": args.layers,
         "share": args.share,
@@ -301,8 +306,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--share", type=float, default=0.75, help="of the parameters, for the search (0.75)")
     add("--batches", type=int, default=4, help="of 4 windows, for importance (4)")
     add("--evaluate", type=int, default=8, help="windows of 256 tokens to evaluate on (8)")
-    add("--grid", nargs="+", type=float, default=[0.2, 0.5, 1.0], help="sparsities to measure")
-    add("--generations", type=int, default=16, help="of the evolutionary search (16)")
+    add("--grid", nargs="+", type=float, default=[0.3, 1.0], help="sparsities to measure")
+    add("--generations", type=int, default=4, help="of the evolutionary search (4)")
     add("--repeats", type=int, default=9, help="timed calls (9)")
     return parser
 
