@@ -73,6 +73,8 @@ def test_one_search_over_widths_experts_and_branches():
     structures = search.together(widths, mixtures, depth)
     found = search.allocate(loss_fn, params, 0.3, structures=structures, sparsities=[0.5, 1.0])
     assert found.sparsity >= 0.3
+    assert {"greedy", "uniform", "global_ranking of part 0"} < set(found.start_losses)
+    assert found.loss <= min(found.start_losses.values())
     shares = found.sparsities
     assert set(shares) == {*widths.names, *mixtures.names, *depth.names}
     named = {name: shares[name] for name in (*widths.names, *mixtures.names)}
