@@ -55,8 +55,8 @@ clean:  ## Remove environments, caches and build products.
 	rm -rf .venv-[0-9n]* .cache .pytest_cache .ruff_cache .hypothesis build dist site
 	find prunax tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
-# An extra is installed once, and again when pyproject.toml changes.
-$(VENV)/.bench $(VENV)/.notebooks $(VENV)/.docs $(VENV)/.all: $(VENV)/.%: pyproject.toml | $(BIN)/python
+# An extra is installed once, and again when pyproject.toml changes, or the file that has the version.
+$(VENV)/.bench $(VENV)/.notebooks $(VENV)/.docs $(VENV)/.all: $(VENV)/.%: pyproject.toml prunax/__init__.py | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[$*]'
 	@touch $@
 

@@ -21,14 +21,19 @@
 # will prune a network in one shot, then while it trains, and see why the second is better.
 
 # %%
-# Installs what is missing: everything in Colab, nothing where prunax is there already.
+# Installs what is missing: everything in Colab, nothing where it is there already.
 import importlib.util
 import subprocess
 import sys
 
-if importlib.util.find_spec("prunax") is None:
-    packages = ["prunax[plots] @ git+https://github.com/prunax/prunax", "scikit-learn"]
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *packages], check=True)
+needed = {
+    "prunax": "prunax @ git+https://github.com/prunax/prunax",
+    "matplotlib": "matplotlib",
+    "sklearn": "scikit-learn",
+}
+missing = [needed[name] for name in needed if importlib.util.find_spec(name) is None]
+if missing:
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *missing], check=True)
 
 # %%
 import os
@@ -45,6 +50,7 @@ from sklearn.datasets import load_digits
 
 import prunax
 
+plt.rcParams["font.size"] = 12
 FAST = os.environ.get("PRUNAX_FAST") == "1"
 STEPS = 400 if FAST else 2000
 print("Fast mode: short training." if FAST else "Full mode.", f"{STEPS} steps a run.")
@@ -208,12 +214,12 @@ prunax.reports.plots.masks(state.masks)
 kept_per_pixel = np.asarray(state.masks["params"]["Dense_0"]["kernel"]).mean(axis=1).reshape(8, 8)
 ink = np.asarray(train_images).mean(axis=0)
 
-figure, (left, right) = plt.subplots(1, 2, figsize=(7, 3), layout="constrained")
+figure, (left, right) = plt.subplots(1, 2, figsize=(6.5, 3), layout="constrained")
 for axes, values, title in (
     (left, ink, "mean of the images"),
     (right, kept_per_pixel, "fraction of weights kept"),
 ):
-    figure.colorbar(axes.imshow(values, cmap="Blues", vmin=0), ax=axes)
+    figure.colorbar(axes.imshow(values, cmap="Blues", vmin=0), ax=axes, shrink=0.8)
     axes.set(title=title, xticks=[], yticks=[])
 
 blank = ink < 0.01
@@ -241,7 +247,7 @@ prunax.reports.plots.fronts(curves, dense=float(accuracy(dense)), ylabel="test a
 # %% [markdown]
 # ## A page to keep
 #
-# `report_page` writes all of this into one HTML file: sizes, pictures, and what `guard.screen_params` found, such as
+# `report_page` writes all of this into one HTML file: sizes, pictures, and what `screen_params` found, such as
 # units that have no weight left, which structural pruning (notebook 4) can remove altogether.
 
 # %%
@@ -249,7 +255,7 @@ for finding in prunax.reports.screen_params(sparse, state.masks):
     print(finding)
 
 page = prunax.reports.report_page(
-    dense,
+    sparse,
     state.masks,
     title="Digits at 90%",
     sections={"Against one shot": prunax.compare_masks(masks, state.masks)},
@@ -261,7 +267,9 @@ print(f"{file.name}: {file.stat().st_size / 1000:.0f} kB")
 # %% [markdown]
 # ## Next
 #
+# - [2. Decide by the loss](2_decide_by_the_loss.ipynb): choose, compute the loss, accept or reject.
 # - [3. Methods compared](3_methods.ipynb): other criteria, schedules, allocations, and training sparse from the start.
 # - [4. Smaller and faster](4_smaller_and_faster.ipynb): zeros alone save no time. This one shows what does.
 # - [5. A language model](5_language_model.ipynb): pruned in one shot, without training.
+# - [6. Prune, recover, hand back](6_recover_and_hand_back.ipynb): what brings accuracy back, and a folder for others.
 # - [7. Robustness and lottery tickets](7_robustness_and_tickets.ipynb): what pruning does besides.

@@ -19,22 +19,25 @@
 # A zero costs a processor as much as any other number, and a file four bytes. To gain from pruning, the zeros have to
 # go: whole channels, so that the arrays shrink (*structural pruning*); or single weights and blocks, with the rest
 # *packed* so that products skip what is not there. Both pay in some places and not in others, so everything here is
-# measured.
+# measured. The times that are kept with this notebook are those of one core of a busy machine: measure on yours.
 
 # %%
-# Installs what is missing: everything in Colab, nothing where prunax is there already. `benchmarks` comes from the
-# repository: here from the folder above, in Colab from a clone.
+# Installs what is missing: everything in Colab, nothing where it is there already.
 import importlib.util
 import subprocess
 import sys
 
-SOURCE = "prunax-source"
-if importlib.util.find_spec("prunax") is None:
-    url = "https://github.com/prunax/prunax"
-    subprocess.run(["git", "clone", "--quiet", "--depth", "1", url, SOURCE], check=True)
-    packages = [f"./{SOURCE}[bench]"]
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *packages], check=True)
-sys.path += ["..", SOURCE]
+needed = {
+    "prunax": "prunax @ git+https://github.com/prunax/prunax",
+    "matplotlib": "matplotlib",
+    "sklearn": "scikit-learn",
+    "tensorflow_datasets": "tensorflow-datasets",
+    "importlib_resources": "importlib_resources",
+    "array_record": "array_record",
+}
+missing = [needed[name] for name in needed if importlib.util.find_spec(name) is None]
+if missing:
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *missing], check=True)
 
 # %%
 import os
@@ -47,11 +50,13 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
+import tensorflow_datasets as tfds
+from sklearn.datasets import load_digits
 
 import prunax
-from benchmarks import datasets
 from prunax import export, patterns, structured
 
+plt.rcParams["font.size"] = 12
 FAST = os.environ.get("PRUNAX_FAST") == "1"
 TRAIN, TEST = (6_400, 2_000) if FAST else (60_000, 10_000)  # images
 print(
@@ -59,18 +64,35 @@ print(
 )
 
 # %%
-# Where the internet may not be asked, the data set must be there already.
-prepared = (datasets.data_folder() / "fashion_mnist").is_dir()
-available = prepared or datasets.FASHION_MNIST_FILES.is_dir() or not FAST
-try:
-    data_set = datasets.load("fashion_mnist" if available else "digits")
-except datasets.DatasetError:
-    data_set = datasets.load("digits")
-if data_set.name != "fashion_mnist":
+# Fashion-MNIST by TensorFlow Datasets, which does without TensorFlow here. The fast mode downloads nothing.
+FOLDER = Path(os.environ.get("PRUNAX_DATA_DIR") or "~/.cache/prunax").expanduser()
+builder = tfds.builder("fashion_mnist", data_dir=FOLDER, file_format="array_record")
+if not FAST:
+    try:
+        builder.download_and_prepare()
+    except (ImportError, OSError) as error:
+        print(error)
+
+
+def read(split, count):
+    examples = list(builder.as_data_source(split=f"{split}[:{count}]"))
+    images = np.stack([example["image"] for example in examples])
+    return images / np.float32(255), np.array([e["label"] for e in examples])
+
+
+if builder.is_prepared():
+    (train_images, train_labels), (test_images, test_labels) = (
+        read("train", TRAIN),
+        read("test", TEST),
+    )
+else:
     print("Fashion-MNIST is not to be had here. Going on with scikit-learn's digits.")
-train_images, train_labels = data_set.train_images[:TRAIN], data_set.train_labels[:TRAIN]
-test_images, test_labels = data_set.test_images[:TEST], data_set.test_labels[:TEST]
-print(f"{data_set.name}: {len(train_labels):,} images to train on, {len(test_labels):,} to test on")
+    digits = load_digits()
+    images, labels = np.float32(digits.images[..., None] / 16), digits.target
+    train_images, test_images = images[:1400], images[1400:]
+    train_labels, test_labels = labels[:1400], labels[1400:]
+CLASSES = 10
+print(f"{len(train_labels):,} images to train on, {len(test_labels):,} to test on")
 
 
 # %% [markdown]
@@ -89,7 +111,7 @@ class Network(nn.Module):
         y = nn.relu(nn.Conv(64, (3, 3), name="widen")(x))
         x = x + nn.Conv(32, (3, 3), name="narrow")(y)
         x = nn.relu(nn.Conv(64, (3, 3), 2, name="down")(x))
-        return nn.Dense(data_set.num_classes, name="classes")(x.mean((1, 2)))
+        return nn.Dense(CLASSES, name="classes")(x.mean((1, 2)))
 
 
 def apply(params, images):
@@ -201,7 +223,7 @@ columns = "network, parameters, Mflop, ms an image, ms for 256, right when cut, 
 prunax.reports.Table(columns.split(", "), rows)
 
 # %%
-figure, axes = plt.subplots(figsize=(7, 2.8), layout="constrained")
+figure, axes = plt.subplots(figsize=(6.5, 3.4), layout="constrained")
 names = list(times)
 for i, label in enumerate(("one image", "256 images")):
     ratio = [times[name][i] / times["dense"][i] for name in names]
@@ -209,10 +231,10 @@ for i, label in enumerate(("one image", "256 images")):
     axes.bar_label(bars, [f" {r:.2f}" for r in ratio], fontsize="small")
 axes.axvline(1, color="0.4", linestyle="--", linewidth=1)
 axes.set_yticks(range(len(names)), names)
-axes.set(xlabel="time of a call, as a fraction of the dense network's")
+axes.set(xlabel="time of a call, of the dense network's")
 axes.set_xlim(0, 1.15 * axes.get_xlim()[1])
 axes.invert_yaxis()
-_ = axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+_ = figure.legend(loc="outside upper center", ncols=2, fontsize="small")
 
 # %% [markdown]
 # Operations are not time: a call has costs that do not shrink, which weigh most for a single image. And the zeros
@@ -264,7 +286,7 @@ axes.set_yticks(range(len(cases)), list(cases))
 axes.set(xlabel="times as fast as the dense product (dashed: equal)")
 axes.invert_yaxis()
 axes.grid(axis="x", alpha=0.3)
-_ = axes.legend(fontsize="small")
+_ = figure.legend(loc="outside upper center", ncols=3, fontsize="small")
 
 # %% [markdown]
 # ## A whole network, packed
@@ -290,7 +312,7 @@ def layer(key, inputs, outputs):
 
 
 keys = jax.random.split(jax.random.key(0), 3)
-sizes = (int(np.prod(test_images.shape[1:])), WIDTH, WIDTH, data_set.num_classes)
+sizes = (int(np.prod(test_images.shape[1:])), WIDTH, WIDTH, CLASSES)
 wide = {
     name: layer(*options)
     for name, *options in zip(
@@ -375,5 +397,10 @@ print(export.read_metadata(folder / "masks.safetensors"))
 prunax.reports.Table(("file", "kB"), rows)
 
 # %% [markdown]
-# The command line reads the same files: `prunax inspect masks.safetensors`. For tables at length, with seeds and
-# larger networks: `python -m benchmarks.structured` and `python -m benchmarks.packed`.
+# The command line reads the same files: `prunax inspect masks.safetensors`. Tables at length, with seeds and larger
+# networks, are in [the documentation](../docs/benchmarks.md).
+#
+# ## Next
+#
+# - [5. A language model](5_language_model.ipynb), pruned in one shot.
+# - [When pruning does not pay](../docs/when-not.md): the cases above, measured on more shapes.

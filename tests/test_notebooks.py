@@ -4,6 +4,7 @@ import ast
 import base64
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ each_executed = pytest.mark.parametrize("script", EXECUTED, ids=lambda script: s
 
 
 def test_they_are_numbered():
-    assert [script.stem[0] for script in SCRIPTS] == list("13457")
+    assert [script.stem[0] for script in SCRIPTS] == list("1234567")
 
 
 def test_the_list_says_which_are_not_executed_yet():
@@ -82,7 +83,23 @@ def test_notebook_begins_with_a_badge_and_an_installation(script):
     assert kind == "markdown"
     assert f"/colab/{script.stem}.ipynb" in text
     assert "colab-badge.svg" in text
-    assert 'find_spec("prunax") is None' in code
+    assert '"prunax": "prunax @ git+' in code
+    # What the others import is installed as well.
+    imported = set()
+    for kind, source in cells_of(script):
+        if kind == "code":
+            for node in ast.walk(ast.parse(source)):
+                if isinstance(node, ast.Import | ast.ImportFrom):
+                    names = (
+                        [node.module]
+                        if isinstance(node, ast.ImportFrom)
+                        else [a.name for a in node.names]
+                    )
+                    imported |= {name.split(".")[0] for name in names}
+    ours = {"prunax", "jax", "flax", "optax", "numpy"}
+    ours |= {"torch", "transformers"}  # the judges of notebook 6, which does without them
+    for name in imported - set(sys.stdlib_module_names) - ours:
+        assert f'"{name}": ' in code, name
 
 
 @each_executed
