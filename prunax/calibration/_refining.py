@@ -23,7 +23,7 @@ PyTree = Any
 Function = Callable[[PyTree, Any], Any]
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
 
-PASSES = 4  # through the batches, for each block
+PASSES = 3  # through the batches, for each block
 RATE = 0.01  # of a leaf's root mean square, for each step
 
 
@@ -98,7 +98,7 @@ def refine(
             no block stays as it is.
         teacher: The dense params, or ``(fn, params)`` where it is another function, as of a smaller network. Left out:
             `params`, which then are dense.
-        steps: Gradient steps for each block, a batch each, in order and round again. By default four times through.
+        steps: Gradient steps for each block, a batch each, in order and round again. By default three times through.
         optimizer: By default Adam, at 1% of each leaf's root mean square and falling linearly to nothing. It sees
             float32 weights.
         loss: ``loss(outputs, targets) -> scalar`` of each array that leaves a block.
@@ -156,20 +156,28 @@ def refine(
             targets = guide.leave(k, guide.weights(k))
             _check_targets(name, student, k, targets)
             found = saved.read(k, old)
-            if found is None:
+            if found is not None:
+                new, result = found
+                student.leave(k, new)
+            else:
                 kept = [own_masks[w.leaf] for w in student.blocked[0].blocks[k].weights]
-                found = _tuned(student, k, kept, targets, steps, optimizer, loss)
-                saved.write(k, *found)
-            new, result = found
+                new, before, skipped = _tuned(student, k, kept, targets, steps, optimizer, loss)
+                here = list(student.values)
+                after = _mean_loss(loss, student.leave(k, new), targets)
+                if not after < before:
+                    student.values, new, after = here, old, before
+                    student.leave(k, old)
+                del here
+                result = RefinedBlock(name, before, after, skipped)
+                saved.write(k, new, result)
             del targets
             student.put(k, new)
-            student.leave(k, new)
             results.append(result)
             advance(f"{name} {result.before:.3g} -> {result.after:.3g}")
-    skipped = [f"{b.name} ({b.skipped} of {steps})" for b in results if b.skipped]
-    if skipped:
+    left_out = [f"{b.name} ({b.skipped} of {steps})" for b in results if b.skipped]
+    if left_out:
         warn(
-            f"refine: steps that were not finite were left out: {', '.join(skipped)}. Pass an optimizer with a lower "
+            f"refine: steps that were not finite were left out: {', '.join(left_out)}. Pass an optimizer with a lower "
             f"learning rate, or calibrate in a wider dtype."
         )
     return Refined(student.tree(), tuple(results))
@@ -185,11 +193,16 @@ def _adam(steps: int) -> optax.GradientTransformation:
     )
 
 
+def _compared(loss: Loss, outputs: Sequence[jax.Array], targets: Sequence[jax.Array]) -> Any:
+    losses = [loss(o, t) for o, t in zip(outputs, targets, strict=True)]
+    return sum(losses) / len(losses)
+
+
 def _loss(how: How, loss: Loss, weights: Any, targets: Sequence[jax.Array], *rest: Any) -> Any:
-    outputs = outputs_of(how, weights, *rest)[: how.targets]
-    return sum(loss(o, t) for o, t in zip(outputs, targets, strict=True)) / how.targets
+    return _compared(loss, outputs_of(how, weights, *rest)[: how.targets], targets)
 
 
+_compare = functools.partial(jax.jit, static_argnums=0)(_compared)
 _measure = functools.partial(jax.jit, static_argnums=(0, 1))(_loss)
 
 
@@ -229,22 +242,19 @@ def _tuned(
     steps: int,
     optimizer: optax.GradientTransformation,
     loss: Loss,
-) -> tuple[list[jax.Array], RefinedBlock]:
-    """New weights of a block, whose inputs the network is at."""
+) -> tuple[list[jax.Array], float, int]:
+    """New weights of a block whose inputs the network is at, the loss before, and how many steps were skipped."""
     old = student.weights(k)
     rows = [w.row for w in student.blocked[0].blocks[k].weights]
     masks = [m[row] if np.ndim(m) else m for m, row in zip(masks, rows, strict=True)]
     parts = [student.block(n, k) for n in range(len(student.batches))]
     wide = [x.astype(trees.wide_dtype(x.dtype)) for x in old]
 
-    def measured(weights: Sequence[jax.Array]) -> float:
-        losses = [
-            _measure(how, loss, weights, wanted, *rest)
-            for (how, rest), wanted in zip(parts, targets, strict=True)
-        ]
-        return float(np.mean(jax.device_get(losses)))
-
-    before = measured(old)
+    losses = [
+        _measure(how, loss, old, wanted, *rest)
+        for (how, rest), wanted in zip(parts, targets, strict=True)
+    ]
+    before = float(np.mean(jax.device_get(losses)))
     if not np.isfinite(before):
         raise ValueError(
             f"refine: the loss of block {student.names[k]!r} is not finite before its first step. Look for NaN or "
@@ -259,10 +269,14 @@ def _tuned(
             how, loss, optimizer, weights, state, skipped, masks, targets[n], *rest
         )
     new = [x.astype(y.dtype) for x, y in zip(weights, old, strict=True)]
-    after = measured(new)
-    if not after < before:
-        new, after = old, before
-    return new, RefinedBlock(student.names[k], before, after, int(skipped))
+    return new, before, int(skipped)
+
+
+def _mean_loss(
+    loss: Loss, made: Sequence[Sequence[jax.Array]], targets: Sequence[Sequence[jax.Array]]
+) -> float:
+    pairs = zip(made, targets, strict=True)
+    return float(np.mean(jax.device_get([_compare(loss, a, b) for a, b in pairs])))
 
 
 def _teacher(
