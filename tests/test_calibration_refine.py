@@ -258,6 +258,18 @@ def test_blocks_that_are_none(dense, batches, pruned, blocks, message):
         calibration.refine(unrolled, *pruned, batches, blocks=blocks, teacher=dense)
 
 
+def test_batches_are_cut_into_parts(dense, batches, pruned):
+    options = {"blocks": "layers/*", "teacher": dense, "steps": 4}
+    one = calibration.refine(unrolled, *pruned, [jnp.concatenate(batches)], size=2, **options)
+    rows = [row[None] for batch in batches for row in batch]
+    two = [jnp.concatenate(rows[i : i + 2]) for i in range(0, 8, 2)]
+    assert_equal(one, calibration.refine(unrolled, *pruned, two, size=2, **options))
+    # A function that knows the length of its batches gets them whole.
+    stubborn = lambda params, tokens: unrolled(params, tokens.reshape(4, 8))  # noqa: E731
+    whole = calibration.refine(stubborn, *pruned, batches, **options)
+    assert_equal(whole, calibration.refine(unrolled, *pruned, batches, size=4, **options))
+
+
 def test_what_does_not_fit(dense, batches, pruned):
     options = {"blocks": "layers/*"}
     with pytest.raises(ValueError, match="needs at least one batch"):

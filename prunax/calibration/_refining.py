@@ -12,6 +12,7 @@ import optax
 
 from prunax import _masks as mask_trees
 from prunax import _progress, schedules, trees
+from prunax._jaxprs import programs
 from prunax.calibration._blocks import Globs
 from prunax.calibration._networks import How, Network, outputs_of, shapes_of
 from prunax.calibration._reading import warn
@@ -24,6 +25,7 @@ Function = Callable[[PyTree, Any], Any]
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
 
 PASSES = 3  # through the batches, for each block
+PARTS = 64  # that all batches are cut into, so many steps each time through
 RATE = 0.01  # of a leaf's root mean square, for each step
 
 
@@ -73,6 +75,7 @@ def refine(
     blocks: str | Sequence[str] | Mapping[str, str],
     teacher: PyTree | tuple[Function, PyTree] | None = None,
     steps: int | None = None,
+    size: int | None = None,
     optimizer: optax.GradientTransformation | None = None,
     loss: Loss = relative_error,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -98,7 +101,10 @@ def refine(
             no block stays as it is.
         teacher: The dense params, or ``(fn, params)`` where it is another function, as of a smaller network. Left out:
             `params`, which then are dense.
-        steps: Gradient steps for each block, a batch each, in order and round again. By default three times through.
+        steps: Gradient steps for each block, a part of the batches each, in order and round again. By default three
+            times through.
+        size: Examples in a step: batches are cut along the first axis, where all their arrays have it in common. By
+            default a 64th of all examples; more steps of fewer examples do more than fewer of more, at the same cost.
         optimizer: By default Adam, at 1% of each leaf's root mean square and falling linearly to nothing. It sees
             float32 weights.
         loss: ``loss(outputs, targets) -> scalar`` of each array that leaves a block.
@@ -132,11 +138,14 @@ def refine(
     """
     if steps is not None:
         schedules.check_steps("refine", steps=steps)
+    if size is not None:
+        schedules.check_steps("refine", size=size)
     batches = [jax.tree.map(jnp.asarray, batch) for batch in batches]
     if not batches:
         raise ValueError("refine: needs at least one batch of calibration data, got none.")
     dense_fn, dense = _teacher(fn, params, masks, teacher)
     start = params if masks is None else mask_trees.apply_masks(params, masks)
+    batches, origin = _in_parts(fn, params, batches, size)
     mine, theirs = _globs(blocks)
     student = Network(fn, start, batches, mine)
     same = dense_fn is fn and mine == theirs and shapes_of(dense) == shapes_of(params)
@@ -154,7 +163,7 @@ def refine(
             guide.enter(k)
             old = student.weights(k)
             targets = guide.leave(k, guide.weights(k))
-            _check_targets(name, student, k, targets)
+            _check_targets(name, student, k, targets, origin)
             found = saved.read(k, old)
             if found is not None:
                 new, result = found
@@ -279,6 +288,31 @@ def _mean_loss(
     return float(np.mean(jax.device_get([_compare(loss, a, b) for a, b in pairs])))
 
 
+def _in_parts(
+    fn: Function, params: PyTree, batches: Sequence[Any], size: int | None
+) -> tuple[list[Any], list[int]]:
+    """Batches cut into equal parts along their first axis, and the number of the batch that each is of."""
+    whole = list(batches), list(range(len(batches)))
+    shapes = [[x.shape for x in jax.tree.leaves(batch)] for batch in batches]
+    if any(not own or () in own or len({shape[0] for shape in own}) > 1 for own in shapes):
+        return whole
+    lengths = [own[0][0] for own in shapes]
+    wanted = size or max(1, sum(lengths) // PARTS)
+    parts, origin = list[Any](), list[int]()
+    for n, (batch, length) in enumerate(zip(batches, lengths, strict=True)):
+        step = next((d for d in range(min(wanted, length), 0, -1) if length % d == 0), length)
+        for start in range(0, length, max(step, 1)):
+            part = slice(start, start + step)
+            parts.append(jax.tree.map(lambda x, part=part: x[part], batch))
+            origin.append(n)
+    if size is None and len(parts) > len(batches):
+        try:
+            programs.traced(fn, params, (parts[0],))
+        except Exception:  # a function of batches of one length
+            return whole
+    return parts, origin
+
+
 def _teacher(
     fn: Function, params: PyTree, masks: PyTree | None, teacher: Any
 ) -> tuple[Function, PyTree]:
@@ -320,7 +354,11 @@ def _check_order(blocks: Any, student: Network, guide: Network) -> None:
 
 
 def _check_targets(
-    name: str, student: Network, k: int, targets: Sequence[Sequence[jax.Array]]
+    name: str,
+    student: Network,
+    k: int,
+    targets: Sequence[Sequence[jax.Array]],
+    origin: Sequence[int],
 ) -> None:
     for n, made in enumerate(targets):
         inside, program = student.blocked[n].blocks[k], student.blocked[n].program
@@ -333,8 +371,8 @@ def _check_targets(
             )
         if not all(bool(jnp.all(jnp.isfinite(x))) for x in made):
             raise ValueError(
-                f"refine: what the dense block {name!r} makes of batch {n} is not finite. Look for NaN or infinity in "
-                f"the batch, or calibrate in a wider dtype."
+                f"refine: what the dense block {name!r} makes of batch {origin[n]} is not finite. Look for NaN or "
+                f"infinity in the batch, or calibrate in a wider dtype."
             )
 
 
