@@ -421,7 +421,8 @@ prunax.reports.Table(
 #
 # - Criteria are what papers are about, and *where* weights go matters more: uniform pruning leaves the last layer 20 of
 #   its 1,000 weights at 98%, and loses what no criterion brings back. The three other allocations are one.
-# - AC/DC should profit from undoing early choices. In runs this short it and gradual pruning are one, within deviations.
+# - AC/DC should profit from undoing early choices. In runs this short it and gradual pruning are one, within
+#   deviations.
 # - RigL should beat SET, since it grows where the loss asks for it. The gradient of one small batch does not know where
 #   that is: grown by it, as published and in the run kept here, RigL is no better than masks that never move. That is
 #   why `rigl` averages gradients now (`decay=0.0` is RigL as published).
