@@ -240,7 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = harness.parser("anomalies", __doc__, EXAMPLES)
     add = parser.add_argument
     add("--dataset", default="fashion_mnist", help="(fashion_mnist; digits where it is not there)")
-    add("--trials", type=int, default=100, help="of each fault (100)")
+    add("--trials", type=int, default=20, help="of each fault (20)")
     args = parser.parse_args(sys.argv[1:] if arguments is None else list(arguments))
     console = rich.console.Console()
     dataset = methods.load(args.dataset, console)

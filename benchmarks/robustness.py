@@ -100,7 +100,7 @@ def occlusion(
 ) -> jax.Array:
     """A black square of a quarter of the image's width, at a random place in each image."""
     count, height, width, _ = images.shape
-    side = max(int(size * width), 1)
+    side = jnp.maximum(size * width, 1).astype(jnp.int32)
     rows, columns = jax.random.split(key)
     top = jax.random.randint(rows, (count, 1, 1, 1), 0, height - side + 1)
     left = jax.random.randint(columns, (count, 1, 1, 1), 0, width - side + 1)

@@ -15,7 +15,16 @@ import jax
 import jax.numpy as jnp
 
 import prunax
-from benchmarks import datasets, limits, loop, methods, render, robustness
+from benchmarks import (
+    adversarial,
+    datasets,
+    limits,
+    loop,
+    methods,
+    regrowth,
+    render,
+    robustness,
+)
 from benchmarks.recipes import METHODS, Budget
 
 pytestmark = pytest.mark.relaxed_promotion  # optax's Adam raises a float to an int32 power
@@ -185,6 +194,35 @@ def test_perturbed_images_are_images_near_by(name, data):
     assert jnp.any(x != images)
     if name in ("fgsm", "pgd"):
         assert jnp.max(jnp.abs(x - images)) <= robustness.EPSILON + 1e-6
+
+
+@pytest.mark.parametrize("regrown", ["corrected", "mean"])
+def test_moments_of_regrowth_are_adams_where_nothing_grew(regrown):
+    tx, expected = (regrowth.adam(lambda step: 0.1, r) for r in (regrown, "anew"))
+    params = {"w": jnp.ones(3)}
+    state, known = tx.init(params), expected.init(params)
+    for g in ([1.0, -2.0, 0.5], [0.3, 0.1, -4.0]):
+        updates, state = tx.update({"w": jnp.array(g)}, state, params)
+        like, known = expected.update({"w": jnp.array(g)}, known, params)
+        np.testing.assert_allclose(updates["w"], like["w"], rtol=1e-5)
+    # The second weight grows anew: by its own count one learning rate, by the layer's mean less.
+    state = jax.tree.map(lambda x: x.at[1].set(0) if jnp.ndim(x) else x, state)
+    updates, _ = tx.update({"w": jnp.array([1.0, 0.1, 1.0])}, state, params)
+    step = float(jnp.abs(updates["w"][1]))
+    assert step == pytest.approx(0.1, rel=1e-3) if regrown == "corrected" else 0 < step < 0.01
+
+
+def test_attacks_stay_within_their_radius():
+    images, labels = jax.random.uniform(jax.random.key(0), (4, 8, 8, 1)), jnp.arange(4)
+    params = adversarial.models.init(adversarial.MODEL, jax.random.key(1), images)
+    for key, steps in ((None, 1), (jax.random.key(2), 3)):
+        x = adversarial.attack(params, images, labels, key, 0.1, steps)
+        assert 0 < jnp.max(jnp.abs(x - images)) <= 0.1 + 1e-6
+        losses = [
+            adversarial.finetuning.cross_entropy(adversarial.MODEL, params, i, labels)
+            for i in (images, x)
+        ]
+        assert losses[0] < losses[1]
 
 
 def test_tables_are_rendered_between_markers(tmp_path, capsys):
