@@ -254,7 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = harness.parser(STEM, __doc__, EXAMPLES)
     add = parser.add_argument
-    add("--steps", type=int, default=400, help="of training (400)")
+    add("--steps", type=int, default=1500, help="of training (1500)")
     add("--batch", type=int, default=16, help="windows of 128 characters a step (16)")
     add("--balance", type=float, default=0.01, help="weight of the auxiliary loss (0.01)")
     add("--draws", type=int, default=5, help="random choices (5)")
