@@ -200,8 +200,10 @@ def _sample_stride(leaves: Leaves, owner: Owner) -> list[int] | None:
     It does not pay for small pools, and may move data where arrays are spread over devices.
     """
     pools = owner[-1] + 1
-    size = min(_SAMPLE, sum(leaf.size for leaf in leaves) // (1024 * pools))
-    if size < 64 or any(leaf.wide or not leaf.local for leaf in leaves):
+    # Of at least so many scores one is taken. For many small pools it would take longer to compile than it saves.
+    least = 128 if pools <= _HOST_LOOP else 1024
+    size = min(_SAMPLE, sum(leaf.size for leaf in leaves) // (least * pools))
+    if size < 32 or any(leaf.wide or not leaf.local for leaf in leaves):
         return None
     totals = [
         sum(leaf.size for leaf, p in zip(leaves, owner, strict=True) if p == q)
@@ -218,7 +220,10 @@ def _sample(leaf: Reader, stride: int, score: Score) -> Array:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _sampled_pivots(owner: Owner, samples: list[Array], target: Number, bracket: Bracket) -> Array:
-    """First pivots: the expected threshold, with its successor should it be a lump, and 2.5 deviations to each side."""
+    """First pivots: 0.6 and 2.5 deviations to each side of the expected threshold.
+
+    Where the sample shows a lump of equal scores there, the inner two are the lump and its successor.
+    """
     dtype = bracket.low.dtype
     largest = np.array(np.iinfo(dtype).max, dtype)
     rows = [
@@ -238,14 +243,21 @@ def _sampled_pivots(owner: Owner, samples: list[Array], target: Number, bracket:
 
     size = to_float(pool_totals(bracket.upto, owner, target))
     share = to_float(target) / jnp.maximum(size, 1)
-    rank, margin = share * length, 2.5 * jnp.sqrt(share * (1 - share) * length) + 1
-    first, last, middle = at(np.zeros_like(length)), at(length), at(rank)
-    # Beyond the sample's ends the threshold may be anywhere.
-    lower = jnp.where(rank < margin, first >> 1, at(rank - margin))
+    rank, deviation = share * length, jnp.sqrt(share * (1 - share) * length)
+    margin, first, last = 2.5 * deviation + 1, at(np.zeros_like(length)), at(length)
+    # Beyond the sample's ends the threshold may be anywhere: as far again, and twice, as the margin goes inside.
+    below, above = at(rank - margin), at(rank + margin)
+    lower = jnp.where(rank < margin, first - jnp.minimum(first, (above - first) << 1), below)
     upper = jnp.where(
-        rank + margin >= length, last + ((largest - last) >> 1), at(rank + margin) + 1
+        rank + margin >= length,
+        last + jnp.minimum(largest - last, (last - below) << 1),
+        above + 1,
     )
-    pivots = jnp.stack([lower, middle, middle + 1, upper], axis=1)
+    middle, is_lump = at(rank), at(rank - 1) == at(rank + 1)
+    inner = [
+        jnp.where(is_lump, middle + j, at(rank + d * deviation)) for j, d in ((0, -0.6), (1, 0.6))
+    ]
+    pivots = jnp.stack([lower, *inner, upper], axis=1)
     return jnp.clip(pivots, np.array(1, dtype), jnp.maximum(bracket.high, 1)[:, None])
 
 

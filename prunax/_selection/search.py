@@ -22,6 +22,7 @@ Owner = tuple[int, ...] | None
 
 # Where pivots go around the expected threshold, in its standard deviations.
 _SPREAD = np.asarray([-2.2, -0.6, 0.6, 2.2], np.float32)
+_DOUBT = 0.2  # of what the bend moves them by, a standard deviation
 
 
 class Bracket(NamedTuple):
@@ -34,6 +35,7 @@ class Bracket(NamedTuple):
     is_open: Array  # the threshold is not found yet
     inside: Array  # units in the bracket, as a float
     stalls: Array  # reads in a row that did not halve them
+    bend: Array  # b, where the share of the units before a part x of the bracket is about x + b x (1 - x)
     pivots: Array  # [P, PIVOTS], to be counted next
 
 
@@ -61,7 +63,15 @@ def start(owner: Owner, target: Number, high: Array, upto: Number) -> Bracket:
     empty = jnp.zeros((*high.shape, PIVOTS), high.dtype)
     unknown = jnp.full(high.shape, jnp.inf, jnp.float32)
     bracket = Bracket(
-        jnp.zeros_like(high), high, zeros, upto, high > 0, unknown, jnp.full(high.shape, 0), empty
+        low=jnp.zeros_like(high),
+        high=high,
+        below=zeros,
+        upto=upto,
+        is_open=high > 0,
+        inside=unknown,
+        stalls=jnp.full(high.shape, 0),
+        bend=jnp.zeros(high.shape, jnp.float32),
+        pivots=empty,
     )
     return aim(_meshes.vary_like(bracket, target), owner, target)
 
@@ -73,10 +83,11 @@ def _column(x: Array) -> Array:
 def aim(bracket: Bracket, owner: Owner, target: Number) -> Bracket:
     """Tells which thresholds are found, and chooses pivots in (low, high] for the others.
 
-    Pivots normally stand around the threshold to be expected if the units inside were evenly spread. A bracket that did
-    not halve is not so: it spans many orders of magnitude, or holds lumps of equal scores. Then in turn come (a) the
-    roundest number in the middle of the bracket, where a lump is most likely to be (zeros, integers, low precision),
-    together with its successor, which isolates it; (b) equal steps.
+    Pivots normally stand around the threshold to be expected if the units inside were spread evenly, or denser towards
+    one end as their neighbours tell (`_bend`). A bracket that did not halve is not so: it spans many orders of
+    magnitude, or holds lumps of equal scores. Then in turn come (a) the roundest number in the middle of the bracket,
+    where a lump is most likely to be (zeros, integers, low precision), together with its successor, which isolates it;
+    (b) equal steps.
     """
     low, high, dtype = bracket.low, bracket.high, bracket.low.dtype
     below, upto = (pool_totals(c, owner, target) for c in (bracket.below, bracket.upto))
@@ -88,7 +99,14 @@ def aim(bracket: Bracket, owner: Owner, target: Number) -> Bracket:
     share = to_float(subtract(target, below)) / jnp.maximum(inside, 1)
     deviation = jnp.sqrt(jnp.maximum(share * (1 - share), 0) / jnp.maximum(inside, 1))
     row = (1,) * share.ndim + (PIVOTS,)
-    expected = _column(share) + _column(deviation) * _SPREAD.reshape(row)
+    bend = bracket.bend
+    place = share - bend * share * (1 - share)
+    slope = 1 + bend * (1 - 2 * place)
+    place -= (place + bend * place * (1 - place) - share) / slope  # one step of Newton's
+    deviation = jnp.sqrt(
+        jnp.square(deviation / slope) + jnp.square(_DOUBT * bend * share * (1 - share))
+    )
+    expected = _column(place) + _column(deviation) * _SPREAD.reshape(row)
     equal = (np.arange(1, PIVOTS + 1, dtype=np.float32) / (PIVOTS + 1)).reshape(row)
     evenly = _column((stalls % 2 == 0) & (stalls > 0) | (steps <= PIVOTS))
     # Just below one, or the product could round up to 2**32 and fall out of the integer type.
@@ -134,13 +152,58 @@ def narrow(owner: Owner, target: Number, bracket: Bracket, counts: Number) -> Br
         below = where(fit & less(below, count), count, below)
         upto = where(reach & less(count, upto), count, upto)
     any_reaches = jnp.any(reaches, axis=-1)
+    bend = bracket.bend if owner is None else _bend(bracket, owner, target, fits, reaches, totals)
     bracket = bracket._replace(
+        bend=bend,
         low=jnp.maximum(bracket.low, low),
         high=jnp.where(any_reaches, jnp.minimum(bracket.high, high), bracket.high),
         below=below,
         upto=upto,
     )
     return aim(bracket, owner, target)
+
+
+def _bend(
+    bracket: Bracket, owner: Owner, target: Number, fits: Array, reaches: Array, totals: Number
+) -> Array:
+    """How units crowd in the bracket to come: from the density in it, and in the parts to its left and right.
+
+    Pivots ascend, so the bracket lies between the last that fits and the first that reaches.
+    """
+    first, last = (pool_totals(c, owner, target) for c in (bracket.below, bracket.upto))
+    # Units between neighbours, and how far those lie apart: the bracket's ends are pivots like the others.
+    ends = jax.tree.map(
+        lambda a, t, b: jnp.concatenate([_column(a), t, _column(b)], -1), first, totals, last
+    )
+    counts = to_float(
+        subtract(
+            jax.tree.map(operator.itemgetter((..., slice(1, None))), ends),
+            jax.tree.map(operator.itemgetter((..., slice(None, -1))), ends),
+        )
+    )
+    places = jnp.concatenate([_column(bracket.low), bracket.pivots, _column(bracket.high)], axis=-1)
+    steps = (places[..., 1:] - places[..., :-1]).astype(jnp.float32)
+    here = jnp.sum(fits, axis=-1)  # the part in which the threshold is
+
+    def part(offset: int) -> list[Array]:
+        number = lax.broadcasted_iota(here.dtype, steps.shape, steps.ndim - 1)
+        is_it = number == _column(here + offset)
+        return [jnp.sum(jnp.where(is_it, x, 0), axis=-1) for x in (counts, steps)]
+
+    (count, step), *others = part(0), part(-1), part(1)
+    bend, weight, noise = 0.0, 0.0, 0.0
+    for sign, (beside, apart) in zip((1, -1), others, strict=True):
+        far = apart / jnp.maximum(step, 1)
+        ratio = beside * jnp.maximum(step, 1) / (jnp.maximum(count, 1) * jnp.maximum(apart, 1))
+        trust = jnp.where((apart > 0) & (beside > 0), 1 / jnp.square(1 + far), 0)
+        bend += sign * (ratio - 1) * trust
+        weight += trust * (1 + far)
+        noise += jnp.square(trust * ratio) * (
+            1 / jnp.maximum(beside, 1) + 1 / jnp.maximum(count, 1)
+        )
+    square = jnp.square(bend)
+    bend = bend / jnp.maximum(weight, 1e-6) * square / jnp.maximum(square + 4 * noise, 1e-12)
+    return jnp.clip(bend, -0.8, 0.8)
 
 
 def of_leaves(of_pools: Array, owner: Owner) -> Array:
