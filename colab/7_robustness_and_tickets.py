@@ -450,8 +450,8 @@ prunax.compare_masks(tickets[1].masks, tickets[-1].masks)
 # %% [markdown]
 # ## Robustness as a goal
 #
-# Nothing above was trained to be robust. `python -m benchmarks.adversarial` trains against PGD, and prunes to 95% by magnitude
-# and by HYDRA, scores that are learned under the same loss (100 hidden units, 10,000 images, three seeds, %):
+# Nothing above was trained to be robust. `python -m benchmarks.adversarial` trains against PGD, and prunes to 95% by
+# magnitude and by HYDRA, scores that are learned under the same loss (100 hidden units, 10,000 images, three seeds, %):
 #
 # | method, sparsity | clean | PGD, 0.05 | PGD, 0.1 | occlusion | calibration error |
 # | --- | ---: | ---: | ---: | ---: | ---: |
@@ -461,5 +461,6 @@ prunax.compare_masks(tickets[1].masks, tickets[-1].masks)
 # | magnitude, adversarial, 95% | 69.8 ± 1.4 | 61.9 ± 2.0 | 50.5 ± 1.5 | 62.6 | 15.3 |
 # | hydra, 95% | 69.0 ± 0.9 | 61.8 ± 0.5 | 49.3 ± 0.8 | 62.9 | 11.7 |
 #
-# Pruning by magnitude closes the gap and resists attacks better than the dense network, at the price of clean accuracy and
-# calibration. Training against attacks does far more, most of it in the dense network; HYDRA is not above magnitude here.
+# Pruning by magnitude closes the gap and resists attacks better than the dense network, at the price of clean accuracy
+# and calibration. Training against attacks does far more, most of it in the dense network; HYDRA is not above
+# magnitude here.

@@ -27,7 +27,6 @@ _MOVES = frozenset(
     """.split()
 )
 _COMPARISONS = frozenset("eq ne lt le gt ge".split())
-_INDEXED = frozenset({"gather"})
 
 
 def numbers(

@@ -20,7 +20,6 @@ from prunax.structured._prune import Shrunk
 __all__ = ["rebuild"]
 
 PyTree = Any
-Decide = Callable[[str, str, Any], Any]
 
 # Attributes of layers that are numbers but never numbers of units.
 _NO_SIZES = frozenset(

@@ -209,15 +209,15 @@ def rigl(
 ) -> optax.GradientTransformationExtraArgs:
     """RigL: `dynamic_sparse` that grows the connections with the largest gradients.
 
-    Published RigL looks at the gradient of one batch. That of a small batch is mostly noise, largest at the units and
-    inputs that vary most, and all that grows ends there. Here it is the mean over about ``1 / (1 - decay)`` steps.
+    Published RigL looks at the gradient of one batch. That of a small batch is largest at the units and inputs that
+    vary most, and all that grows ends there. Here it is the mean over about ``1 / (1 - decay)`` steps.
 
     Args:
         inner: Any optax transformation.
         sparsity: Fraction of weights that are zero throughout, in [0, 1].
         key: A JAX random key for the first masks.
         decay: Of the mean of the gradients, in [0, 1), as in `scores.ema_gradients`. 0.0 for the gradient of the one
-            batch, as published, which suits batches of thousands and needs no memory.
+            batch, as published, which needs no memory.
         **options: Any other argument of `dynamic_sparse`. RigL as published has ``every=100, drop_fraction=0.3`` and
             ``end_step`` at three quarters of the training.
 
