@@ -99,7 +99,8 @@ def shard_like(x: jax.Array, other: Any) -> jax.Array:
         return jax.device_put(x, other.sharding) if here else x
     sharding = sharding_of(other)
     if sharding is None:
-        return jnp.where(other == other, x, x) if jax.device_count() > 1 else x
+        alone = jax.device_count() == 1 or varying_axes(other)  # each device has its own
+        return x if alone else jnp.where(other == other, x, x)
     return x if sharding == jax.typeof(x).sharding else jax.sharding.reshard(x, sharding)
 
 

@@ -272,7 +272,7 @@ def _write(leaf: jax.Array, picks: Sequence[Any], matrices: jax.Array, way: _Way
     if not picks:
         return _meshes.shard_like(base, leaf)
     update = base.reshape((1,) * len(picks) + base.shape)
-    update = _meshes.shard_like(update, stack)
+    update = _meshes.divide(update, stack, range(update.ndim))
     new = jax.lax.dynamic_update_slice(stack, update, (*picks, *(0 for _ in base.shape)))
     return _meshes.shard_like(new, leaf)
 
