@@ -12,6 +12,11 @@ from prunax.reports._tables import Table
 
 __all__ = ["Finding", "findings_table", "screen_batch", "screen_params"]
 
+# Were the errors normal, one good batch in hundreds of millions would lie beyond.
+_STANDARD_ERRORS = 6.0
+# As the furthest good example.
+_TIMES_AS_FAR = 2.0
+
 PyTree = Any
 
 
@@ -73,13 +78,8 @@ def screen_batch(
     found = []
     good: dict[str, Any] = {}
     if like is not None:
-        good = dict(
-            zip(
-                trees.paths(batch),
-                trees.leaves_like("screen_batch", "like", like, batch),
-                strict=True,
-            )
-        )
+        leaves = trees.leaves_like("screen_batch", "like", like, batch)
+        good = dict(zip(trees.paths(batch), leaves, strict=True))
     for path, x in _floating(batch):
         finite = jnp.isfinite(x)
         broken = int(jnp.sum(~finite))
@@ -120,12 +120,6 @@ def screen_batch(
         if path in good and trees.is_array(x) and jnp.issubdtype(x.dtype, jnp.integer):
             found.extend(_counted(path, np.asarray(x).ravel(), np.asarray(good[path]).ravel()))
     return tuple(found)
-
-
-_STANDARD_ERRORS = (
-    6.0  # of a good batch one in hundreds of millions lies beyond, were the errors normal
-)
-_TIMES_AS_FAR = 2.0
 
 
 def _compared(path: str, x: jax.Array, good: jax.Array) -> Iterator[Finding]:
