@@ -209,7 +209,8 @@ def _advanced(
     if sums is None:
         shapes = [program.shapes[i] for i, _ in stage.reads]
         read = zip(shapes, stage.layouts, strict=True)
-        sums = [_zeros(statistic, layout, [x] * len(models)) for x, layout in read]
+        like = (_statistic_like(statistic, layout, (x,) * len(models)) for x, layout in read)
+        sums = [jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree) for tree in like]
     picks = list(map(np.int32, stage.segment.picks))
     kept, added = _advance(stage.segment, stage.layouts, statistic, picks, inputs, sums)
     after = [
@@ -220,9 +221,11 @@ def _advanced(
     return after, added
 
 
-def _zeros(statistic: Statistic, layout: layouts.Layout, xs: Sequence[Any]) -> Any:
-    out = jax.eval_shape(functools.partial(_of_matrices, statistic, layout), *xs)
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out)
+@functools.lru_cache(maxsize=256)  # layers are alike, and tracing is most of what a small one costs
+def _statistic_like(
+    statistic: Statistic, layout: layouts.Layout, xs: tuple[jax.ShapeDtypeStruct, ...]
+) -> Any:
+    return jax.eval_shape(functools.partial(_of_matrices, statistic, layout), *xs)
 
 
 def _add(a: Any, b: Any) -> Any:
