@@ -6,9 +6,15 @@ The environment is set before jax is imported, since jax reads it once.
 import os
 from pathlib import Path
 
-DEVICES = "--xla_force_host_platform_device_count"
-if DEVICES not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}=8".strip()
+# Eight devices share the threads of a few cores. Were a device to run two collectives at once, each would hold a thread
+# while it waits for the others, until none is left: JAX 0.12 then aborts after 40 seconds. So one after the other.
+FLAGS = {
+    "--xla_force_host_platform_device_count": "8",
+    "--xla_cpu_enable_concurrency_optimized_scheduler": "false",
+}
+given = os.environ.get("XLA_FLAGS", "")
+missing = [f"{flag}={value}" for flag, value in FLAGS.items() if flag not in given]
+os.environ["XLA_FLAGS"] = " ".join([given, *missing]).strip()
 CACHE = Path(__file__).parents[1] / ".cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

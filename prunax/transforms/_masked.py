@@ -161,7 +161,7 @@ def train_masked(
             known = at(arrays)
             return {place: known[weight] for place, weight in weights.items() if weight in known}
 
-        def rank(old: Arrays) -> tuple[Arrays, Arrays, jax.Array]:
+        def rank(old: Arrays, grads: Arrays, inner_state: Any) -> tuple[Arrays, Arrays, Any, Any]:
             before = [unpack(m, leaf) for m, leaf in zip(old, leaves, strict=True)]
             ranked, has_nan = next_masks(state.count, updates, averaged, chosen, before)
             # In a shard_map, random masks are alike on all devices, and masks that were given may be.
@@ -169,26 +169,24 @@ def train_masked(
                 _meshes.vary_like(jnp.where(has_nan, b, m), b)
                 for b, m in zip(before, ranked, strict=True)
             ]
-            grown = [
-                _meshes.vary_like(m & ~b, leaf)
-                for m, b, leaf in zip(new, before, leaves, strict=True)
-            ]
-            return [pack(m) for m in new], grown, has_nan.astype(jnp.int32)
-
-        def renew(old: Arrays, grads: Arrays, inner_state: Any) -> tuple[Arrays, Arrays, Any, Any]:
-            none = [jnp.zeros_like(leaf, dtype=jnp.bool_) for leaf in leaves]
-            # A loop of one turn: the new masks take the old ones' place in it. Without it both are alive at the end
-            # of this branch, and XLA copies masks in every step, those without an update included.
-            _, new, grown, skipped = jax.lax.while_loop(
-                lambda carry: carry[0],
-                lambda carry: (jnp.zeros_like(due), *rank(carry[1])),
-                (due, old, none, jnp.zeros((), jnp.int32)),
-            )
             if mask_gradients:
+                grown = [
+                    _meshes.vary_like(m & ~b, leaf)
+                    for m, b, leaf in zip(new, before, leaves, strict=True)
+                ]
                 # A weight that comes back begins at zero without a past, and with the gradient of the next step.
                 inner_state = begin_anew(inner_state, grown)
                 grads = _zero(grads, [~g for g in grown])
-            return new, grads, inner_state, skipped
+            return [pack(m) for m in new], grads, inner_state, has_nan.astype(jnp.int32)
+
+        def renew(old: Arrays, grads: Arrays, inner_state: Any) -> tuple[Arrays, Arrays, Any, Any]:
+            # A loop of one turn: what is new takes the place of the old in it. Without it both are alive at the end
+            # of this branch, and XLA copies them in every step, those without an update included.
+            return jax.lax.while_loop(
+                lambda carry: carry[0],
+                lambda carry: (jnp.zeros_like(due), *rank(*carry[1:4])),
+                (due, old, grads, inner_state, jnp.zeros((), jnp.int32)),
+            )[1:]
 
         def keep(old: Arrays, grads: Arrays, inner_state: Any) -> tuple[Arrays, Arrays, Any, Any]:
             return old, grads, inner_state, jnp.zeros((), jnp.int32)
