@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import harness
+from benchmarks import accelerator, harness
 from benchmarks.zoo import __main__ as zoo
 
 Row = tuple[str, str, str, str]
@@ -18,6 +18,8 @@ def table(results: Path) -> harness.Table:
         file = results / f"{name}.json"
         if file.is_file():
             rows += [(*cells, f"`{name}`") for cells in row(json.loads(file.read_text()))]
+    for file in sorted(results.glob(f"{accelerator.STEM}-*.json")):
+        rows += [(*c, f"`{accelerator.STEM}`") for c in _accelerator(json.loads(file.read_text()))]
     columns = ("what", "prunax", "beside it", "`python -m benchmarks.`")
     return harness.Table(columns, rows, text=4, title="The front page")
 
@@ -87,6 +89,24 @@ def _zoo(content: Mapping[str, Any]) -> Sequence[tuple[str, str, str]]:
     right = sum(map(zoo.is_right, records))
     what = "networks that others wrote, halved, equal to the masked ones"
     return [(what, f"{right} of {len(records)}", "Torch-Pruning publishes 77 of 85 of torchvision")]
+
+
+def _accelerator(content: Mapping[str, Any]) -> Sequence[tuple[str, str, str]]:
+    name = content["environment"]["devices"][0].partition(": ")[2]
+    found = {r["row"]: r.get("figures", {}) for r in content["rows"]}
+    cells = []
+    masks = found.get("masks, 1,000,000,000 float32")
+    if masks:
+        others = [f"{n} {masks[f'{n} ms']:,.0f} ms" for n in ("argsort", "lax.top_k", "torch.topk")]
+        what = f"masks of 1 G weights at 90%, {name}"
+        cells.append((what, f"{masks['prunax ms']:.0f} ms", ", ".join(others)))
+    step = next((f for row, f in found.items() if row.startswith("training step, MLP")), None)
+    if step:
+        ratios = (
+            f"{step['packed / dense']:.2f} (of one bit), {step['bool / dense']:.2f} (of one byte)"
+        )
+        cells.append((f"a training step under masks, of a dense step, {name}", ratios, ""))
+    return cells
 
 
 ROWS = {

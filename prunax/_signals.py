@@ -44,7 +44,7 @@ class Quiet:
 
 def _end(number: int, frame: object) -> None:
     """End the process, wherever it is: an exception could come in the midst of tidying up, or be swallowed."""
-    atomic = sys.modules.get("prunax.export._atomic")
+    atomic = sys.modules.get("prunax._atomic")
     unfinished = [] if atomic is None else getattr(atomic, "unfinished", list)()
     if unfinished is None:  # the output has taken its name, or is just taking it
         return

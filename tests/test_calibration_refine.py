@@ -212,6 +212,13 @@ def test_goes_on_after_a_kill(dense, batches, pruned, tmp_path):
     assert_equal(resumed, whole)
     with pytest.raises(ValueError, match="is of another run"):
         calibration.refine(unrolled, *pruned, batches[:1], **options, checkpoint=folder)
+    other = (
+        {"optimizer": optax.sgd(0.1)},
+        {"loss": lambda made, wanted: jnp.max(abs(made - wanted))},
+    )
+    for choice in other:
+        with pytest.raises(ValueError, match="is of another run"):
+            calibration.refine(unrolled, *pruned, batches, **options, **choice, checkpoint=folder)
 
 
 def test_steps_that_are_not_finite_are_left_out(dense, batches, pruned):

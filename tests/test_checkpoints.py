@@ -170,7 +170,7 @@ def test_what_is_no_checkpoint_is_not_replaced(tmp_path):
 
 
 def test_what_a_killed_run_left_is_removed_and_what_runs_is_not(tmp_path):
-    from prunax.export import _atomic
+    from prunax import _atomic
 
     (tmp_path / ".out.01234567.partial").mkdir()
     (tmp_path / ".out.01234567.partial" / "0.shard").write_text("half")
@@ -398,7 +398,7 @@ sys.exit(main())
 
 
 @pytest.mark.parametrize(
-    "module", ["prunax.cli", "argparse", "numpy", "prunax.export._atomic", "jax", "jax.numpy"]
+    "module", ["prunax.cli", "argparse", "numpy", "prunax._atomic", "jax", "jax.numpy"]
 )
 def test_signals_while_modules_are_imported(tmp_path, module):
     source = write_sharded(tmp_path / "model", weights())

@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "prunax"
 LAYERS = [
-    {"_leaf_names", "_modules", "_progress", "_signals"},
+    {"_atomic", "_leaf_names", "_modules", "_progress", "_signals"},
     {"trees"},
     {
         "_meshes",

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -154,7 +155,8 @@ def refine(
     own_masks = _array_masks(params, masks)
     steps = PASSES * len(batches) if steps is None else steps
     optimizer = optimizer or _adam(steps)
-    saved = Saved(checkpoint, [start, masks, dense, batches], (blocks, steps, student.names))
+    settings = (blocks, steps, student.names, _text(optimizer, loss))
+    saved = Saved(checkpoint, [start, masks, dense, batches], settings)
 
     results: list[RefinedBlock] = []
     with _progress.counted("refining", len(student.names), show=progress) as advance:
@@ -200,6 +202,22 @@ def _adam(steps: int) -> optax.GradientTransformation:
         optax.scale_by_param_block_rms(),
         optax.scale_by_learning_rate(optax.linear_schedule(RATE, 0.0, steps)),
     )
+
+
+def _text(optimizer: optax.GradientTransformation, loss: Loss) -> str:
+    """What optimizer and loss compute, so that a checkpoint tells one from another: their jaxprs for a small weight."""
+
+    def steps(x: jax.Array) -> Any:
+        return optimizer.update([x], optimizer.init([x]), [x])
+
+    small = jnp.ones((2, 2, 2), jnp.float32)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        found = [str(jax.make_jaxpr(steps)(small))]
+        try:
+            found.append(str(jax.make_jaxpr(loss)(small, small)))
+        except Exception:  # a loss of outputs of one shape
+            found.append(getattr(loss, "__qualname__", ""))
+    return re.sub("0x[0-9a-f]+", "", "".join(found))  # addresses differ from run to run
 
 
 def _compared(loss: Loss, outputs: Sequence[jax.Array], targets: Sequence[jax.Array]) -> Any:

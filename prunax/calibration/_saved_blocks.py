@@ -1,7 +1,5 @@
 """Finished blocks of a refinement, a file each, so that a run that was killed goes on."""
 
-import os
-import secrets
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prunax import trees
+from prunax import _atomic, trees
 
 __all__: list[str] = []
 
@@ -81,11 +79,10 @@ class Saved:
             "skipped": result.skipped,
             "digest": self.digest,
         }
-        # Beside its place first, then there in one step: a file is whole, or not there.
-        part = self.file(k).with_suffix(f".{secrets.token_hex(4)}.partial")
+        place = _atomic.Place(self.file(k), overwrite=True)
         try:
-            with open(part, "wb") as file:
+            with _atomic.naming(place.path), open(place.temporary, "wb") as file:
                 np.savez(file, **arrays)
-            os.replace(part, self.file(k))
+            place.publish()
         finally:
-            part.unlink(missing_ok=True)
+            place.discard()

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.console import Console
 
+from prunax._atomic import write_text
 from prunax.cli import _inspection, _options
 from prunax.cli._options import Choice, UsageError
 from prunax.cli._output import printable, progress, say
-from prunax.export._atomic import write_text
 from prunax.export._checkpoints import OTHERS, Checkpoint, in_order, texts
 from prunax.export._saving import FILES, belongings, check_replaceable, open_writer
 from prunax.reports._tables import Table

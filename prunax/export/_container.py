@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from prunax.export import _atomic
+from prunax import _atomic
 
 __all__ = ["Entry", "FormatError", "Reader", "Writer"]
 

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from prunax import _signals
-from prunax.export import _atomic
+from prunax import _atomic, _signals
 from prunax.export._checkpoints import (
     INDEX,
     OTHERS,
