@@ -2,12 +2,13 @@
 
 A row is what was done, step by step: `2:4 SparseGPT correction refined distilled`, `75% width refined`, `dense`. Each
 row starts from the params of the row before its last step, which are kept under --work, and each is written when it is
-done: a run that is broken off goes on. `75% width twin` has the same shape, trained from random weights for as long as
-the distilled one.
+done: a run that is broken off goes on. `calibrated` distils on the windows of calibration alone, once through. `75%
+width twin` has the same shape, trained from random weights for as long as the distilled one.
 """
 
 import argparse
 import functools
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -35,13 +36,14 @@ examples:
 """
 SPARSE = ["50%", "60%", "70%", "2:4"]
 SMALL = ["85%", "75%", "60%"]
+AFTER = ["", " refined", " refined calibrated", " refined distilled"]
 ROWS = [
     "dense",
     *(f"{t} Wanda" for t in SPARSE),
     *(
         f"{t} SparseGPT{how}"
         for t in SPARSE
-        for how in ("", " correction", " correction refined", " correction refined distilled")
+        for how in ("", *(f" correction{rest}" for rest in AFTER))
     ),
     *(
         f"{size} {way}{how}"
@@ -249,6 +251,9 @@ def make(row: str, known: Mapping[str, Network], data: Data, args: Any) -> tuple
         return refined(known[before], dense, data, work), None
     if last == "distilled":
         return trained(known[before], dense, data, args.minutes, rate=args.rate)
+    if last == "calibrated":
+        own = data._replace(training=np.concatenate([np.asarray(b) for b in data.calibration]))
+        return trained(known[before], dense, own, math.inf, rate=1e-4, size=1)
     if last == "twin":
         shape = known[before]
         tokens = data.calibration[0][:1]
@@ -266,7 +271,10 @@ def make(row: str, known: Mapping[str, Network], data: Data, args: Any) -> tuple
 def needed(row: str) -> list[str]:
     """The row, after those that it starts from."""
     before, _, last = row.rpartition(" ")
-    return [*(needed(before) if last in ("refined", "distilled", "twin") else []), row]
+    return [
+        *(needed(before) if last in ("refined", "calibrated", "distilled", "twin") else []),
+        row,
+    ]
 
 
 # What is measured.

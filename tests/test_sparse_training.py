@@ -246,8 +246,9 @@ def test_nan_gradient_keeps_the_masks_and_is_counted():
 @pytest.mark.parametrize("argument", [{"every": 0}, {"end_step": -1}, {"drop_fraction": 1.5}])
 def test_bad_dynamic_arguments_are_named(argument):
     (name,) = argument
-    with pytest.raises(ValueError, match=name):
-        transforms.rigl(optax.adam(1e-2), 0.9, key=jax.random.key(0), **argument)
+    for made in (transforms.rigl, transforms.sparse_evolutionary):
+        with pytest.raises(ValueError, match=f"{made.__name__}: {name}"):
+            made(optax.adam(1e-2), 0.9, key=jax.random.key(0), **argument)
 
 
 def test_proximal_l1_matches_iterated_soft_thresholding():

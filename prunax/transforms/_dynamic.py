@@ -12,7 +12,7 @@ from prunax import _masks as mask_functions
 from prunax import allocation as allocations
 from prunax import scores as score_functions
 from prunax.transforms._masked import Ranking, any_nan, train_masked
-from prunax.transforms._pruning import prune
+from prunax.transforms._pruning import pruned
 
 __all__ = ["dynamic_sparse", "rigl", "sparse_evolutionary", "static_sparse"]
 
@@ -91,23 +91,61 @@ def dynamic_sparse(
         Evci et al., Rigging the Lottery, 2020, arXiv:1911.11134, section 3; Mocanu et al., 2018, arXiv:1707.04780;
         Lasby et al. (SRigL), 2024, arXiv:2305.02299.
     """
-    patterns.check_pattern("dynamic_sparse", pattern)
-    allocations.check_allocation("dynamic_sparse", allocation)
+    return _moving(
+        "dynamic_sparse",
+        inner,
+        sparsity,
+        grow=grow,
+        key=key,
+        every=every,
+        end_step=end_step,
+        drop_fraction=drop_fraction,
+        drop=drop,
+        initial=initial,
+        allocation=allocation,
+        pattern=pattern,
+        where=where,
+        mask_gradients=mask_gradients,
+        packed=packed,
+    )
+
+
+def _moving(
+    name: str,
+    inner: optax.GradientTransformation,
+    sparsity: float | None,
+    *,
+    grow: score_functions.Score,
+    key: jax.Array,
+    every: int = 100,
+    end_step: int | None = None,
+    drop_fraction: float | Callable[[jax.Array], jax.Array] = 0.3,
+    drop: score_functions.Score = score_functions.magnitude,
+    initial: score_functions.Score = score_functions.random,
+    allocation: allocations.Allocation = allocations.erdos_renyi,
+    pattern: patterns.Pattern = patterns.Unstructured(),
+    where: trees.Where = trees.is_kernel,
+    mask_gradients: bool = True,
+    packed: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """`dynamic_sparse` under the name of the function that the user called."""
+    patterns.check_pattern(name, pattern)
+    allocations.check_allocation(name, allocation)
     for score in (grow, drop, initial):
-        score_functions.check_score("dynamic_sparse", score)
-    trees.check_where("dynamic_sparse", where)
+        score_functions.check_score(name, score)
+    trees.check_where(name, where)
     schedule = schedules.as_schedule(pattern.implied_sparsity if sparsity is None else sparsity)
-    schedules.check_steps("dynamic_sparse", every=every)
+    schedules.check_steps(name, every=every)
     if end_step is not None:
-        schedules.check_steps("dynamic_sparse", end_step=end_step)
+        schedules.check_steps(name, end_step=end_step)
     average = score_functions.memory_of(grow)
     if any(score_functions.memory_of(score) for score in (drop, initial)):
         raise ValueError(
-            "dynamic_sparse: only grow may be a score with a memory, such as scores.ema. Pass drop and initial scores "
+            f"{name}: only grow may be a score with a memory, such as scores.ema. Pass drop and initial scores "
             "of one step."
         )
     if not callable(drop_fraction):
-        schedules.check_sparsity("dynamic_sparse", drop_fraction, "drop_fraction")
+        schedules.check_sparsity(name, drop_fraction, "drop_fraction")
 
     def fraction(count: jax.Array) -> jax.Array:
         if callable(drop_fraction):
@@ -137,7 +175,7 @@ def dynamic_sparse(
                 tree = average.read(averaged, chosen.params)
             else:
                 tree = function(chosen.params, grads, **fresh)
-            ranked, arrays = mask_functions.scored("dynamic_sparse", noun, tree, chosen)
+            ranked, arrays = mask_functions.scored(name, noun, tree, chosen)
             scores[noun] = dict(zip(ranked.indices, arrays, strict=True))
         # A leaf that lacks one of the scores is never pruned.
         moving = chosen.only(
@@ -153,7 +191,7 @@ def dynamic_sparse(
         )
         if plan.rescale is not None:
             raise ValueError(
-                "dynamic_sparse: the allocation rescales scores, which connections that stay or go in any case have "
+                f"{name}: the allocation rescales scores, which connections that stay or go in any case have "
                 "none of. Use allocation.erdos_renyi, uniform, global_ranking or by_path."
             )
 
@@ -187,7 +225,7 @@ def dynamic_sparse(
         return Ranking(chosen.merge(moving, new.masks, masks), new.has_nan)
 
     return train_masked(
-        "dynamic_sparse",
+        name,
         inner,
         is_update_step,
         next_masks,
@@ -237,7 +275,7 @@ def rigl(
     grow = score_functions.gradient
     if decay:
         grow = score_functions.ema_gradients(grow, decay)
-    return dynamic_sparse(inner, sparsity, grow=grow, key=key, **options)
+    return _moving("rigl", inner, sparsity, grow=grow, key=key, **options)
 
 
 def sparse_evolutionary(
@@ -266,7 +304,8 @@ def sparse_evolutionary(
         Mocanu et al., Scalable Training of Artificial Neural Networks with Adaptive Sparse Connectivity, 2018,
         arXiv:1707.04780, algorithm 1 (dropping by magnitude, without regard to sign).
     """
-    return dynamic_sparse(inner, sparsity, grow=score_functions.random, key=key, **options)
+    grow = score_functions.random
+    return _moving("sparse_evolutionary", inner, sparsity, grow=grow, key=key, **options)
 
 
 def static_sparse(
@@ -294,4 +333,6 @@ def static_sparse(
         The static baseline of Evci et al., 2020, arXiv:1911.11134, section 4.
     """
     options = {"allocation": allocations.erdos_renyi} | options
-    return prune(inner, sparsity, score=score_functions.random, key=key, **options)
+    return pruned(
+        "static_sparse", inner, sparsity, score=score_functions.random, key=key, **options
+    )
