@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import accelerator, render
+from benchmarks import accelerator, harness, render, smollm
 
 ROOT = Path(__file__).parents[1]
 QUICK = [sys.executable, "-m", "benchmarks.accelerator", "--quick", "--out"]
@@ -76,6 +76,21 @@ def test_what_a_row_raises_is_its_result(tmp_path):
     )
     late = json.loads((tmp_path / "a.json").read_text())
     assert {row["skipped"] for row in late["rows"]} == {"no time was left"}
+
+
+def test_some_rows_again_keep_the_others(tmp_path):
+    file, here = tmp_path / "a.json", {"devices": ["gpu: a"]}
+    rows = [{"row": "masks"}, {"row": "training"}]
+    assert accelerator.earlier(file, here, ["masks"]) == []
+    harness.write_json(file, {"environment": here, "rows": rows})
+    assert accelerator.earlier(file, here, ["masks"]) == rows[1:]
+    assert accelerator.earlier(file, {"devices": ["gpu: b"]}, ["masks"]) == []
+
+
+def test_the_model_of_the_full_run_fits_a_small_gpu():
+    model, tokens = smollm.Llama(accelerator.FULL.llama), jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    assert 1e8 < sum(x.size for x in jax.tree.leaves(params)) < 2e8
 
 
 def test_same_means_bit_for_bit():

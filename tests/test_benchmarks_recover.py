@@ -2,11 +2,13 @@
 
 import argparse
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import prunax
 from benchmarks import recover, smollm, texts
 
 CONFIG = smollm.Config(
@@ -52,6 +54,21 @@ def test_a_row_step_by_step(dense, data, tmp_path):
     record |= {"seconds": 1.0, "memory": None, "curve": curve}
     tables = recover.tables({"records": [record | {"row": "dense"}, record]})
     assert len(tables["recover"].rows) == 2
+
+
+@pytest.mark.relaxed_promotion
+def test_calibrated_distils_once_through_the_windows_of_calibration(dense, data, tmp_path):
+    row = "50% SparseGPT correction refined calibrated"
+    sparse = recover.sparse(dense, "50%", "SparseGPT", data, correction=0.5)
+    args = argparse.Namespace(work=tmp_path, minutes=9, rate=1e-3)
+    tuned, curve = recover.make(row, {"dense": dense, row.rpartition(" ")[0]: sparse}, data, args)
+    assert curve[-1]["tokens"] == sum(b.size for b in data.calibration)
+    moved = [
+        bool((a != b).any())
+        for a, b in zip(*map(jax.tree.leaves, (tuned.params, sparse.params)), strict=True)
+    ]
+    assert all(moved)
+    chex.assert_trees_all_equal(tuned.params, prunax.apply_masks(tuned.params, sparse.masks))
 
 
 def test_texts_are_cut_into_parts_that_share_nothing():

@@ -248,8 +248,11 @@ def _advance(
 
 
 def _of_matrices(statistic: Statistic, layout: layouts.Layout, *xs: jax.Array) -> Any:
-    inputs = (layout.inputs(x.astype(trees.wide_dtype(x.dtype))) for x in xs)
-    return jax.vmap(statistic)(*inputs)
+    inputs = [layout.inputs(x.astype(trees.wide_dtype(x.dtype))) for x in xs]
+    if inputs[0].shape[0] > 1:
+        return jax.vmap(statistic)(*inputs)
+    # A product under `vmap` is a batched one, which XLA does not run as fast on a CPU.
+    return jax.tree.map(lambda x: x[None], statistic(*(x[0] for x in inputs)))
 
 
 def _measure(statistic: Statistic, layout: layouts.Layout, xs: Sequence[jax.Array]) -> Any:
