@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -181,14 +181,23 @@ def load(folder: Path) -> tuple[Any, Config]:
 
 
 def narrower(
-    params: Any, tokens: jax.Array, config: Config, share: float = 0.25, heads: int = 1
+    params: Any,
+    tokens: jax.Array,
+    config: Config,
+    share: float = 0.25,
+    heads: int = 1,
+    scores: Mapping[str, Any] | None = None,
 ) -> structured.Shrunk:
-    """A share of each feed-forward layer gone, and some of its key-value heads with the queries that read them."""
+    """A share of each feed-forward layer gone, and some of its key-value heads with the queries that read them.
+
+    Without scores those of least magnitude go, which only the format of a folder should be tried with.
+    """
     gone = {"*gate/kernel*": share} | (
         {"*key/kernel[[]1]": heads / config.kv_heads} if heads else {}
     )
     fn = functools.partial(smollm.apply, config=config)
-    return structured.prune_channels(fn, params, tokens, allocation=allocation.by_path(gone))
+    chosen = allocation.by_path(gone)
+    return structured.prune_channels(fn, params, tokens, scores=scores, allocation=chosen)
 
 
 def shallower(

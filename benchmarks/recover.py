@@ -23,7 +23,7 @@ from rich.console import Console
 
 import prunax
 from benchmarks import decoding, harness, huggingface, llm, smollm, texts
-from prunax import calibration, export, penalties, transforms
+from prunax import calibration, export, penalties, structured, transforms
 
 EXAMPLES = """\
 the model and the texts:
@@ -117,7 +117,7 @@ def sparse(dense: Network, target: str, method: str, data: Data, *, correction: 
 
 
 def small(dense: Network, size: str, way: str, data: Data) -> Network:
-    """Remove layers, or features of each feed-forward layer and a third of the heads, or both by half."""
+    """Remove layers, or features of each feed-forward layer, or both by half."""
     share = 1 - float(size.strip("%")) / 100
     total = sum(x.size for x in jax.tree.leaves(dense.params))
     gone = share * total
@@ -136,14 +136,21 @@ def small(dense: Network, size: str, way: str, data: Data) -> Network:
         config = huggingface.sizes(params, config)
         gone -= count * of_layer
     if way != "depth":
-        feed_forward = 3 * config.width * config.hidden * config.layers
-        heads = 1 if gone > 0.2 * feed_forward else 0
-        by_heads = heads * (2 + 2 * 3) * config.head_width * config.width * config.layers
-        ratio = (gone - by_heads) / feed_forward
-        narrow = huggingface.narrower(params, tokens, config, ratio, heads)
-        params = narrow.params
+        ratio = gone / (3 * config.width * config.hidden * config.layers)
+        scores = unit_importance(params, config, data)
+        params = huggingface.narrower(params, tokens, config, ratio, 0, scores).params
         config = huggingface.sizes(params, config)
     return Network(params, None, config, left)
+
+
+def unit_importance(params: Any, config: smollm.Config, data: Data) -> dict[str, jax.Array]:
+    """Features of feed-forward layers by what the loss of each window loses with them."""
+    groups = structured.axis_groups(_apply(config), params, data.calibration[0][:1])
+    units = [group for group in groups if "gate/kernel" in group.name]
+
+    windows = [window[None] for batch in data.calibration for window in batch]
+    loss = functools.partial(_loss, config=config)
+    return structured.gate_importance(loss, params, windows, units)
 
 
 def influences(dense: Network, data: Data) -> list[int]:
@@ -280,7 +287,7 @@ def needed(row: str) -> list[str]:
 # What is measured.
 
 
-@functools.partial(jax.jit, static_argnums=2)
+@functools.partial(jax.jit, static_argnames="config")
 def _loss(params: Any, tokens: jax.Array, config: smollm.Config) -> jax.Array:
     logits = smollm.apply(params, tokens, config)[:, :-1]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
@@ -460,7 +467,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--model", type=Path, required=True, help="the wheel, or the GGUF file in it")
     add("--rows", nargs="+", default=MAIN, help="rows by name, or all")
     add("--minutes", type=float, default=10.0, help="of distillation")
-    add("--rate", type=float, default=1e-4, help="learning rate of distillation")
+    add("--rate", type=float, default=3e-4, help="learning rate of distillation")
     add("--texts", type=Path, default=Path("/"), help="the root below which the packages are")
     add("--calibrate-on", default="dictionary", help="which of the texts")
     add("--calibrate", type=int, default=64, help="windows of 256 tokens to calibrate on")
