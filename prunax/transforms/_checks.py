@@ -1,8 +1,9 @@
 """What the sparse-training transformations say before they train: errors, and warnings of what will not be pruned."""
 
 import contextlib
+import inspect
 import warnings
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import jax
@@ -16,6 +17,22 @@ __all__: list[str] = []  # for the modules of prunax
 PyTree = Any
 _HOLE = object()
 _MOST = 20  # leaves that a warning names
+
+
+def arguments_of(
+    name: str, function: Callable[..., Any], /, *args: Any, **options: Any
+) -> dict[str, Any]:
+    """Bind arguments as a call of `function` would, with its defaults, for one that is called `name`.
+
+    Raises:
+        TypeError: If the function does not take them.
+    """
+    try:
+        bound = inspect.signature(function).bind(*args, **options)
+    except TypeError as e:
+        raise TypeError(f"{name}: {e}. It takes what {function.__name__} takes.") from None
+    bound.apply_defaults()
+    return bound.arguments
 
 
 def gradients_of(name: str, model: PyTree, updates: PyTree) -> list[Any]:

@@ -11,6 +11,7 @@ from prunax import _counts, _meshes, patterns, schedules, trees
 from prunax import _masks as mask_functions
 from prunax import allocation as allocations
 from prunax import scores as score_functions
+from prunax.transforms._checks import arguments_of
 from prunax.transforms._masked import Ranking, any_nan, train_masked
 from prunax.transforms._pruning import pruned
 
@@ -91,44 +92,31 @@ def dynamic_sparse(
         Evci et al., Rigging the Lottery, 2020, arXiv:1911.11134, section 3; Mocanu et al., 2018, arXiv:1707.04780;
         Lasby et al. (SRigL), 2024, arXiv:2305.02299.
     """
-    return _moving(
-        "dynamic_sparse",
-        inner,
-        sparsity,
-        grow=grow,
-        key=key,
-        every=every,
-        end_step=end_step,
-        drop_fraction=drop_fraction,
-        drop=drop,
-        initial=initial,
-        allocation=allocation,
-        pattern=pattern,
-        where=where,
-        mask_gradients=mask_gradients,
-        packed=packed,
-    )
+    return _moving("dynamic_sparse", **locals())
+
+
+def moving(name: str, *args: Any, **options: Any) -> optax.GradientTransformationExtraArgs:
+    """`dynamic_sparse` under the name of the function that the user called."""
+    return _moving(name, **arguments_of(name, dynamic_sparse, *args, **options))
 
 
 def _moving(
     name: str,
     inner: optax.GradientTransformation,
     sparsity: float | None,
-    *,
     grow: score_functions.Score,
     key: jax.Array,
-    every: int = 100,
-    end_step: int | None = None,
-    drop_fraction: float | Callable[[jax.Array], jax.Array] = 0.3,
-    drop: score_functions.Score = score_functions.magnitude,
-    initial: score_functions.Score = score_functions.random,
-    allocation: allocations.Allocation = allocations.erdos_renyi,
-    pattern: patterns.Pattern = patterns.Unstructured(),
-    where: trees.Where = trees.is_kernel,
-    mask_gradients: bool = True,
-    packed: bool = False,
+    every: int,
+    end_step: int | None,
+    drop_fraction: float | Callable[[jax.Array], jax.Array],
+    drop: score_functions.Score,
+    initial: score_functions.Score,
+    allocation: allocations.Allocation,
+    pattern: patterns.Pattern,
+    where: trees.Where,
+    mask_gradients: bool,
+    packed: bool,
 ) -> optax.GradientTransformationExtraArgs:
-    """`dynamic_sparse` under the name of the function that the user called."""
     patterns.check_pattern(name, pattern)
     allocations.check_allocation(name, allocation)
     for score in (grow, drop, initial):
@@ -275,7 +263,7 @@ def rigl(
     grow = score_functions.gradient
     if decay:
         grow = score_functions.ema_gradients(grow, decay)
-    return _moving("rigl", inner, sparsity, grow=grow, key=key, **options)
+    return moving("rigl", inner, sparsity, grow=grow, key=key, **options)
 
 
 def sparse_evolutionary(
@@ -305,7 +293,7 @@ def sparse_evolutionary(
         arXiv:1707.04780, algorithm 1 (dropping by magnitude, without regard to sign).
     """
     grow = score_functions.random
-    return _moving("sparse_evolutionary", inner, sparsity, grow=grow, key=key, **options)
+    return moving("sparse_evolutionary", inner, sparsity, grow=grow, key=key, **options)
 
 
 def static_sparse(

@@ -12,6 +12,7 @@ from prunax import _masks as mask_functions
 from prunax import allocation as allocations
 from prunax import patterns, schedules, trees
 from prunax import scores as score_functions
+from prunax.transforms._checks import arguments_of
 from prunax.transforms._masked import Ranking, any_nan, plan_at, train_masked
 
 __all__ = ["fixed_masks", "prune"]
@@ -86,34 +87,26 @@ def prune(
     References:
         Zhu and Gupta, To prune, or not to prune, 2017, arXiv:1710.01878.
     """
-    return pruned(
-        "prune",
-        inner,
-        sparsity,
-        score=score,
-        allocation=allocation,
-        pattern=pattern,
-        where=where,
-        key=key,
-        mask_gradients=mask_gradients,
-        packed=packed,
-    )
+    return _pruned("prune", **locals())
 
 
-def pruned(
+def pruned(name: str, *args: Any, **options: Any) -> optax.GradientTransformationExtraArgs:
+    """`prune` under the name of the function that the user called."""
+    return _pruned(name, **arguments_of(name, prune, *args, **options))
+
+
+def _pruned(
     name: str,
     inner: optax.GradientTransformation,
     sparsity: schedules.Sparsity,
-    *,
     score: score_functions.Score,
     allocation: allocations.Allocation,
-    pattern: patterns.Pattern = patterns.Unstructured(),
-    where: trees.Where = trees.is_kernel,
-    key: jax.Array | None = None,
-    mask_gradients: bool = True,
-    packed: bool = False,
+    pattern: patterns.Pattern,
+    where: trees.Where,
+    key: jax.Array | None,
+    mask_gradients: bool,
+    packed: bool,
 ) -> optax.GradientTransformationExtraArgs:
-    """`prune` under the name of the function that the user called."""
     patterns.check_pattern(name, pattern)
     allocations.check_allocation(name, allocation)
     score_functions.check_score(name, score)
