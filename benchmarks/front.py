@@ -84,6 +84,17 @@ def _structured(content: Mapping[str, Any]) -> Sequence[tuple[str, str, str]]:
     return [(what, prunax, f"dense {100 * dense['accuracy']:.1f}")]
 
 
+def _recover(content: Mapping[str, Any]) -> Sequence[tuple[str, str, str]]:
+    found = {r["row"]: r["perplexity"]["256 quotations"] for r in content["records"]}
+    ours, twin = (found.get(f"75% both{how}") for how in (" refined distilled", " twin"))
+    if not ours or not twin:
+        return []
+    minutes = f"{content['settings']['minutes']:.0f} minutes"
+    what = f"SmolLM2-135M, a quarter of its parameters gone, {minutes} of distillation, the same"
+    beside = f"dense {found['dense']:.1f} (in these windows), the same shape from random weights {twin:,.0f}"
+    return [(what, f"{ours:.1f}", beside)]
+
+
 def _zoo(content: Mapping[str, Any]) -> Sequence[tuple[str, str, str]]:
     records = content["records"]
     right = sum(map(zoo.is_right, records))
@@ -114,6 +125,7 @@ ROWS = {
     "overhead": _overhead,
     "methods": _methods,
     "llm": _llm,
+    "recover": _recover,
     "structured": _structured,
     "zoo": _zoo,
 }

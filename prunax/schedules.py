@@ -247,26 +247,26 @@ class _Alternating:
         return (step >= self.begin_step) & (due | (step == self.end_step))
 
 
-def as_schedule(sparsity: Any) -> Schedule:
-    """Turn a number into `constant`, and pass a schedule through."""
+def as_schedule(name: str, sparsity: Any) -> Schedule:
+    """Turn a number into `constant`, and pass a schedule through; errors name the function `name`."""
     if hasattr(sparsity, "init") and hasattr(sparsity, "update"):
         raise TypeError(
-            "prune: sparsity must be a number or a schedule, got an optax transformation. "
-            "The optimizer comes first: prune(optax.adam(1e-3), 0.9)."
+            f"{name}: sparsity must be a number or a schedule, got an optax transformation. "
+            f"The optimizer comes first: {name}(optax.adam(1e-3), 0.9)."
         )
     if hasattr(sparsity, "is_update_step") and not isinstance(sparsity, type):
         return sparsity
     if callable(sparsity):
         raise TypeError(
-            f"prune: sparsity must be a number or a schedule with `is_update_step`, got {sparsity!r}. "
+            f"{name}: sparsity must be a number or a schedule with `is_update_step`, got {sparsity!r}. "
             f"See prunax.schedules."
         )
     if trees.is_traced(sparsity):
         raise TypeError(
-            "prune: sparsity must be known when the transformation is built, got a traced value. A schedule from "
+            f"{name}: sparsity must be known when the transformation is built, got a traced value. A schedule from "
             "prunax.schedules moves it; under optax.inject_hyperparams name it in `static_args`."
         )
-    check_sparsity("prune", sparsity)
+    check_sparsity(name, sparsity)
     return constant(sparsity)
 
 

@@ -251,6 +251,17 @@ def test_bad_dynamic_arguments_are_named(argument):
             made(optax.adam(1e-2), 0.9, key=jax.random.key(0), **argument)
 
 
+@pytest.mark.parametrize("name", ["rigl", "sparse_evolutionary", "static_sparse"])
+def test_errors_name_the_function_that_was_called(name):
+    made, key = getattr(transforms, name), jax.random.key(0)
+    with pytest.raises(ValueError, match=f"^{name}: sparsity must lie in"):
+        made(optax.adam(1e-2), 1.9, key=key)
+    with pytest.raises(TypeError, match=f"^{name}: got an unexpected keyword argument 'evry'"):
+        made(optax.adam(1e-2), 0.9, key=key, evry=3)
+    with pytest.raises(TypeError, match=rf"The optimizer comes first: {name}\(optax"):
+        made(0.9, optax.adam(1e-2), key=key)
+
+
 def test_proximal_l1_matches_iterated_soft_thresholding():
     tx = transforms.proximal_l1(optax.sgd(0.1), 0.02)
     before = make_params()

@@ -161,7 +161,7 @@ def schedule(schedule: float | schedules.Schedule, steps: int, *, title: str = "
 
     if steps < 1:
         raise ValueError(f"plots.schedule: steps must be positive, got {steps}.")
-    plan = as_schedule(schedule)
+    plan = as_schedule("plots.schedule", schedule)
     at = jnp.arange(steps)
     values = 100 * np.asarray(jax.vmap(plan)(at))
     updates = np.asarray(jax.vmap(plan.is_update_step)(at))

@@ -122,7 +122,9 @@ def _moving(
     for score in (grow, drop, initial):
         score_functions.check_score(name, score)
     trees.check_where(name, where)
-    schedule = schedules.as_schedule(pattern.implied_sparsity if sparsity is None else sparsity)
+    schedule = schedules.as_schedule(
+        name, pattern.implied_sparsity if sparsity is None else sparsity
+    )
     schedules.check_steps(name, every=every)
     if end_step is not None:
         schedules.check_steps(name, end_step=end_step)

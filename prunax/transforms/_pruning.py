@@ -111,7 +111,9 @@ def _pruned(
     allocations.check_allocation(name, allocation)
     score_functions.check_score(name, score)
     trees.check_where(name, where)
-    schedule = schedules.as_schedule(pattern.implied_sparsity if sparsity is None else sparsity)
+    schedule = schedules.as_schedule(
+        name, pattern.implied_sparsity if sparsity is None else sparsity
+    )
     average = score_functions.memory_of(score)
     if key is not None and average is not None:
         raise ValueError(
