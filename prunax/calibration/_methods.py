@@ -23,6 +23,24 @@ class Method(Protocol):
     """What `prune_layers` asks of a method: a frozen dataclass with these members. Nothing is to be registered.
 
     All three are pure functions of arrays, for one matrix; stacked layers and experts are mapped over.
+
+    Examples:
+        >>> import dataclasses, jax.numpy as jnp, prunax
+        >>> from prunax.calibration import solver
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class MeanContribution:
+        ...     def statistic(self, inputs):
+        ...         return jnp.abs(inputs).sum(axis=0)
+        ...     def prepare(self, statistic):
+        ...         return statistic[:, None]
+        ...     def solve(self, weights, prepared, budget, pattern):
+        ...         mask = solver.keep_largest(jnp.abs(weights) * prepared, budget, pattern)
+        ...         return jnp.where(mask, weights, 0), mask
+        >>> params = {"kernel": jnp.array([[4.0, -1.0], [-2.0, 3.0]])}
+        >>> fn = lambda params, x: x @ params["kernel"]
+        >>> x = jnp.array([[1.0, 0.0], [1.0, 1.0], [0.0, 2.0]])
+        >>> prunax.calibration.prune_layers(fn, params, [x], MeanContribution(), 0.5).params["kernel"].tolist()
+        [[4.0, 0.0], [0.0, 3.0]]
     """
 
     @property
@@ -61,6 +79,16 @@ class Wanda:
     r"""Keep the weights of largest magnitude times input norm, :math:`|w_{ij}| \|x_i\|_2`, as they are.
 
     Compares within each output where no pattern is given (`patterns.ConstantFanIn`); takes any pattern.
+
+    Examples:
+        >>> import jax.numpy as jnp, prunax
+        >>> params = {"kernel": jnp.array([[4.0, -1.0], [-2.0, 3.0]])}
+        >>> fn = lambda params, x: x @ params["kernel"]
+        >>> x = jnp.array([[1.0, 0.0], [1.0, 1.0], [0.0, 2.0]])
+        >>> method = prunax.calibration.Wanda()
+        >>> pruned = prunax.calibration.prune_layers(fn, params, [x], method, 0.5)
+        >>> pruned.params["kernel"].tolist()
+        [[4.0, 0.0], [0.0, 3.0]]
 
     References:
         Sun et al., A Simple and Effective Pruning Approach for Large Language Models, 2024, arXiv:2306.11695. There the
@@ -154,6 +182,16 @@ class SparseGPT(_Propagating):
     Raises:
         ValueError: If the correction does not lie in [0, 1], or the block size is not positive.
 
+    Examples:
+        >>> import jax.numpy as jnp, prunax
+        >>> params = {"kernel": jnp.array([[4.0, -1.0], [-2.0, 3.0]])}
+        >>> fn = lambda params, x: x @ params["kernel"]
+        >>> x = jnp.array([[1.0, 0.0], [1.0, 1.0], [0.0, 2.0]])
+        >>> method = prunax.calibration.SparseGPT()
+        >>> pruned = prunax.calibration.prune_layers(fn, params, [x], method, 0.5)
+        >>> pruned.params["kernel"].round(2).tolist()  # 3 is corrected for the loss of -1
+        [[4.0, 0.0], [0.0, 2.799999952316284]]
+
     References:
         Frantar and Alistarh, SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot, 2023,
         arXiv:2301.00774, algorithm 1. Arai and Ichikawa, Quantization Error Propagation, 2025, arXiv:2504.09629.
@@ -196,6 +234,16 @@ class Alps(_Propagating):
         damping: As for `SparseGPT`.
         correction: As for `SparseGPT`.
 
+    Examples:
+        >>> import jax.numpy as jnp, prunax
+        >>> params = {"kernel": jnp.array([[4.0, -1.0], [-2.0, 3.0]])}
+        >>> fn = lambda params, x: x @ params["kernel"]
+        >>> x = jnp.array([[1.0, 0.0], [1.0, 1.0], [0.0, 2.0]])
+        >>> method = prunax.calibration.Alps()
+        >>> pruned = prunax.calibration.prune_layers(fn, params, [x], method, 0.5)
+        >>> pruned.params["kernel"].round(2).tolist()  # each for the loss of the other
+        [[3.0199999809265137, 0.0], [0.0, 2.799999952316284]]
+
     References:
         Meng et al., ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models, 2024,
         arXiv:2406.07831.
@@ -230,6 +278,16 @@ class Refit(_Propagating):
         iterations: Steps of conjugate gradients.
         damping: Keeps weights that the inputs do not determine near where they were, see `solver.refit`.
         correction: As for `SparseGPT`.
+
+    Examples:
+        >>> import jax.numpy as jnp, prunax
+        >>> params = {"kernel": jnp.array([[4.0, -1.0], [-2.0, 3.0]])}
+        >>> fn = lambda params, x: x @ params["kernel"]
+        >>> x = jnp.array([[1.0, 0.0], [1.0, 1.0], [0.0, 2.0]])
+        >>> masks = prunax.compute_masks(params, 0.5)
+        >>> pruned = prunax.calibration.prune_layers(fn, params, [x], prunax.calibration.Refit(masks))
+        >>> pruned.params["kernel"].round(2).tolist()
+        [[3.0199999809265137, 0.0], [0.0, 2.799999952316284]]
     """
 
     masks: PyTree
