@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import render
+
 FOLDER = Path(__file__).parents[1] / "colab"
 SCRIPTS = sorted(FOLDER.glob("[0-9]_*.py"))
 LIMIT = 500_000  # bytes: a picture too many makes a repository slow for everyone
@@ -144,3 +146,20 @@ def test_links_lead_to_files(script):
             for target in re.findall(r"\]\((?!https:)([^)]+)\)", text):
                 file = FOLDER / target
                 assert file.exists() or file.with_suffix(".py") in SCRIPTS, target
+
+
+def table_of(lines):
+    """Of a table in Markdown the cells, by row and column."""
+    cells = [[c.strip() for c in line.strip().strip("|").split("|")] for line in lines]
+    heads, _, *rows = cells
+    return {row[0]: dict(zip(heads[1:], row[1:], strict=True)) for row in rows}
+
+
+def test_the_last_table_has_the_figures_of_its_benchmark():
+    text = (FOLDER / "7_robustness_and_tickets.py").read_text()
+    typed = table_of([line[2:] for line in text.splitlines() if line.startswith("# |")])
+    made = render.all_tables(render.RESULTS)["adversarial"]
+    measured = table_of([line for line in made.splitlines() if line.startswith("|")])
+    assert len(typed) == 5
+    for row, cells in typed.items():
+        assert cells.items() <= measured[row].items(), row
