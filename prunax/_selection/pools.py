@@ -1,6 +1,7 @@
 """Masks of pools of whole arrays: one threshold a pool, and a cut among the units that tie with it."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -200,9 +201,9 @@ def _sample_stride(leaves: Leaves, owner: Owner) -> list[int] | None:
     It does not pay for small pools, and may move data where arrays are spread over devices.
     """
     pools = owner[-1] + 1
-    # Of at least so many scores one is taken. For many small pools it would take longer to compile than it saves.
-    least = 128 if pools <= _HOST_LOOP else 1024
-    size = min(_SAMPLE, sum(leaf.size for leaf in leaves) // (least * pools))
+    each = sum(leaf.size for leaf in leaves) // pools
+    # For many small pools it would take longer to compile than it saves.
+    size = min(_SAMPLE, math.isqrt(each) if pools <= _HOST_LOOP else each // 1024)
     if size < 32 or any(leaf.wide or not leaf.local for leaf in leaves):
         return None
     totals = [

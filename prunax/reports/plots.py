@@ -463,8 +463,8 @@ def _spread_out(sparsities: Sequence[float]) -> list[float]:
     """Those far enough apart on the axis that their labels do not run into each other."""
     if not sparsities:
         return []
-    # A label takes a seventh of the axis, which is logarithmic in what is kept.
-    least = max(1.25, ((1 - sparsities[0]) / (1 - sparsities[-1])) ** 0.14)
+    # A label takes a sixth of the axis, which is logarithmic in what is kept.
+    least = max(1.25, ((1 - sparsities[0]) / (1 - sparsities[-1])) ** 0.17)
     shown: list[float] = []
     for s in reversed(sparsities):
         if not shown or (1 - s) / (1 - shown[-1]) > least:
