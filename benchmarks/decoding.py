@@ -194,40 +194,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def tables(content: Mapping[str, Any]) -> dict[str, harness.Table]:
     """Speed beside bytes and FLOPs, and beside what these would allow."""
     dense = content["rows"][0]
-    rows, of_prompt = [], []
-    for r in content["rows"]:
-        faster = r["tokens a second"] / dense["tokens a second"]
-        fewer = dense["bytes a token"] / r["bytes a token"]
-        rows.append(
-            [
-                r["network"],
-                f"{r['tokens a second']:.1f}",
-                f"{r['bytes a token'] / 1e6:.0f}",
-                f"{faster:.2f}",
-                f"{fewer:.2f}",
-                f"{faster / fewer:.2f}",
-            ]
-        )
-        if r["prompt"]:
-            ours, theirs = r["prompt"], dense["prompt"]
-            faster = ours["tokens a second"] / theirs["tokens a second"]
-            fewer = theirs["flops"] / ours["flops"]
-            of_prompt.append(
-                [
-                    r["network"],
-                    f"{ours['tokens a second']:.0f}",
-                    f"{ours['flops'] / 1e9:.1f}",
-                    f"{faster:.2f}",
-                    f"{fewer:.2f}",
-                    f"{faster / fewer:.2f}",
-                ]
-            )
+    rows = [
+        [
+            r["network"],
+            f"{r['tokens a second']:.1f}",
+            f"{r['bytes a token'] / 1e6:.0f}",
+            *_beside(r, dense, "bytes a token"),
+        ]
+        for r in content["rows"]
+    ]
+    of_prompt = [
+        [
+            r["network"],
+            f"{r['prompt']['tokens a second']:.0f}",
+            f"{r['prompt']['flops'] / 1e9:.1f}",
+            *_beside(r["prompt"], dense["prompt"], "flops"),
+        ]
+        for r in content["rows"]
+        if r["prompt"]
+    ]
     heads = ["", "tokens per second", "MB a token", "speed-up", "fewer bytes", "speed-up over that"]
     prompt = ["", "tokens per second", "GFLOP", "speed-up", "fewer FLOPs", "speed-up over that"]
     return {
         "decoding": harness.Table(heads, rows, title="One by one"),
         "decoding/prompt": harness.Table(prompt, of_prompt, title="A prompt"),
     }
+
+
+def _beside(r: Mapping[str, Any], dense: Mapping[str, Any], cost: str) -> list[str]:
+    """The speed-up, how much less a token costs, and the one over the other."""
+    faster, fewer = r["tokens a second"] / dense["tokens a second"], dense[cost] / r[cost]
+    return [f"{x:.2f}" for x in (faster, fewer, faster / fewer)]
 
 
 if __name__ == "__main__":
