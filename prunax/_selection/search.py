@@ -84,10 +84,10 @@ def aim(bracket: Bracket, owner: Owner, target: Number) -> Bracket:
     """Tells which thresholds are found, and chooses pivots in (low, high] for the others.
 
     Pivots normally stand around the threshold to be expected if the units inside were spread evenly, or denser towards
-    one end as their neighbours tell (`_bend`). A bracket that did not halve is not so: it spans many orders of
-    magnitude, or holds lumps of equal scores. Then in turn come (a) the roundest number in the middle of the bracket,
-    where a lump is most likely to be (zeros, integers, low precision), together with its successor, which isolates it;
-    (b) equal steps.
+    one end as their neighbours tell (`_bend`). A bracket that did not halve is not so. Either it holds lumps of equal
+    scores (zeros, integers, low precision): then come the roundest number in it and the roundest near the expected
+    threshold, where lumps are most likely to be, each with its successor, which isolates it. Or it spans many orders of
+    magnitude, or only a few units: then come equal steps. Where many units are left both are tried in turn.
     """
     low, high, dtype = bracket.low, bracket.high, bracket.low.dtype
     below, upto = (pool_totals(c, owner, target) for c in (bracket.below, bracket.upto))
@@ -106,24 +106,34 @@ def aim(bracket: Bracket, owner: Owner, target: Number) -> Bracket:
     deviation = jnp.sqrt(
         jnp.square(deviation / slope) + jnp.square(_DOUBT * bend * share * (1 - share))
     )
+    deviation = jnp.maximum(deviation, 1 / jnp.maximum(steps.astype(jnp.float32), 1))
     expected = _column(place) + _column(deviation) * _SPREAD.reshape(row)
     equal = (np.arange(1, PIVOTS + 1, dtype=np.float32) / (PIVOTS + 1)).reshape(row)
-    evenly = _column((stalls % 2 == 0) & (stalls > 0) | (steps <= PIVOTS))
+    lumps = (stalls % 2 == 1) & (steps > PIVOTS) & (inside > 2 * PIVOTS)
+    evenly = _column((stalls > 0) & ~lumps | (steps <= PIVOTS))
     # Just below one, or the product could round up to 2**32 and fall out of the integer type.
     asked = jnp.clip(jnp.where(evenly, equal, expected), 0, 1 - 2.0**-24)
     offsets = jnp.ceil(asked * _column(steps.astype(jnp.float32))).astype(dtype)
 
     quarter = steps >> 2
-    first, last = low + quarter, high - quarter
-    bits = np.array(np.iinfo(dtype).bits - 1, dtype)
-    tail = (np.array(2, dtype) << (bits - jnp.minimum(lax.clz(first ^ last), bits))) - np.array(
-        1, dtype
-    )
-    roundest = (last & ~(tail >> 1)) - low
-    lump = jnp.stack([quarter, roundest, roundest + 1, steps - quarter], axis=-1)
-    offsets = jnp.where(_column((stalls % 2 == 1) & (steps > PIVOTS)), lump, offsets)
-    pivots = _column(low) + jnp.clip(offsets, np.array(1, dtype), _column(jnp.maximum(steps, 1)))
+    near = jnp.ceil(jnp.clip(place, 0.25, 0.75) * steps.astype(jnp.float32)).astype(dtype)
+    one = np.array(1, dtype)
+    of_all = _roundest(low + one, high) - low
+    of_near = _roundest(low + near - quarter, low + near + quarter) - low
+    first = jnp.minimum(of_all, of_near)
+    second = jnp.maximum(jnp.maximum(of_all, of_near), first + one)
+    lump = jnp.stack([first, first + one, second, second + one], axis=-1)
+    offsets = jnp.where(_column(lumps), lump, offsets)
+    pivots = _column(low) + jnp.clip(offsets, one, _column(jnp.maximum(steps, one)))
     return bracket._replace(is_open=is_open, inside=inside, stalls=stalls, pivots=pivots)
+
+
+def _roundest(first: Array, last: Array) -> Array:
+    """The number in [first, last] with the most zeros at its end."""
+    one, bits = np.array(1, first.dtype), np.array(np.iinfo(first.dtype).bits - 1, first.dtype)
+    differ = (first - one) ^ last
+    tail = (np.array(2, first.dtype) << (bits - jnp.minimum(lax.clz(differ), bits))) - one
+    return last & ~(tail >> 1)
 
 
 def narrow(owner: Owner, target: Number, bracket: Bracket, counts: Number) -> Bracket:
