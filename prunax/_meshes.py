@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from prunax import trees
@@ -27,6 +28,7 @@ __all__ = [
     "sharding_of",
     "shards",
     "split",
+    "to_host",
     "vary_like",
     "varying_axes",
 ]
@@ -148,6 +150,13 @@ def own_mesh(*trees_: PyTree) -> Generator[None]:
         meshes = {mesh for mesh in found if AxisType.Explicit in mesh.axis_types}
     with jax.set_mesh(meshes.pop()) if len(meshes) == 1 else contextlib.nullcontext():
         yield
+
+
+def to_host(x: Any) -> np.ndarray:
+    """Copy a whole array to the host of each process, also where its parts lie on devices of several processes."""
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(jax.device_get(x))
 
 
 def devices(x: Any) -> tuple[Any, ...]:

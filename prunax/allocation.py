@@ -300,6 +300,11 @@ def _unit_rms(scores: jax.Array) -> jax.Array:
 
 
 def _lamp_scores(scores: jax.Array) -> jax.Array:
+    return _meshes.shard_like(_divided_by_larger(scores), scores)
+
+
+@jax.jit  # one program: op by op, collectives of several processes may meet in another order in each
+def _divided_by_larger(scores: jax.Array) -> jax.Array:
     whole = _meshes.gather(scores)
     x = jnp.abs(whole.astype(trees.wide_dtype(scores.dtype))).reshape(-1)
     # NaN counts as nothing here and ranks lowest in the end. Next to an infinite score finite ones are as nothing too.
@@ -315,5 +320,4 @@ def _lamp_scores(scores: jax.Array) -> jax.Array:
     total = jnp.cumsum(ranked)
     ranked = jnp.where(total > 0, ranked / jnp.where(total > 0, total, 1), 0)
     lamp_scores = jnp.zeros_like(square).at[order].set(ranked)
-    lamp_scores = jnp.where(jnp.isnan(x), jnp.nan, lamp_scores).reshape(scores.shape)
-    return _meshes.shard_like(lamp_scores, scores)
+    return jnp.where(jnp.isnan(x), jnp.nan, lamp_scores).reshape(scores.shape)

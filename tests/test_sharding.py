@@ -1,6 +1,7 @@
 """Masks and training of sharded params: the same bits as on one device, and sharded like the params."""
 
 import contextlib
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import optax
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from processes import run_two
+from processes import pruned_in_each_way, run_two
 
 import prunax
 from prunax import (
@@ -438,3 +439,64 @@ def test_two_processes_choose_what_one_does(tmp_path):
         whole = np.asarray(expected[name])
         r, c = int(row), int(column)
         assert np.array_equal(part, whole[r : r + part.shape[0], c : c + part.shape[1]])
+
+
+CALIBRATING_WORKER = """
+import sys
+import jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.config.update("jax_cpu_enable_async_dispatch", False)
+jax.distributed.initialize("localhost:" + sys.argv[1], 2, int(sys.argv[2]))
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+sys.path.append(sys.argv[4])
+import processes
+mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+def place(value, spec):
+    sharding = NamedSharding(mesh, PartitionSpec(*spec))
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+found = processes.pruned_in_each_way(place)
+whole = jax.jit(lambda t: t, out_shardings=NamedSharding(mesh, PartitionSpec()))(found)
+for n, leaf in enumerate(jax.tree.leaves(whole)):
+    np.save(f"{sys.argv[3]}/{sys.argv[2]}-{n}.npy", leaf.addressable_data(0))
+"""
+
+
+def test_two_processes_calibrate_shrink_and_search_as_one_does(tmp_path):
+    expected = jax.tree.leaves(pruned_in_each_way(lambda value, spec: jnp.asarray(value)))
+    run_two(CALIBRATING_WORKER, tmp_path, Path(__file__).parent)
+    for process in range(2):
+        for n, leaf in enumerate(expected):
+            found = np.load(tmp_path / f"{process}-{n}.npy")
+            if leaf.dtype == bool:
+                assert np.array_equal(found, leaf)
+            else:
+                np.testing.assert_allclose(found, leaf, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_channels_of_arrays_on_any_kind_of_mesh(kind):
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(kind,))
+    rng = np.random.default_rng(0)
+    params = {
+        "in": jnp.asarray(rng.standard_normal((16, 32)), jnp.float32),
+        "out": jnp.asarray(rng.standard_normal((32, 8)), jnp.float32),
+    }
+    x = jnp.ones((4, 16))
+
+    def fn(params, x):
+        return x @ params["in"] @ params["out"]
+
+    alone = structured.prune_channels(fn, params, x, sparsity=0.5).params
+    with jax.set_mesh(mesh):
+        divided = jax.device_put(
+            params,
+            {
+                "in": NamedSharding(mesh, PartitionSpec("x")),
+                "out": NamedSharding(mesh, PartitionSpec(None, "x")),
+            },
+        )
+        small = structured.prune_channels(fn, divided, x, sparsity=0.5).params
+    for name, spec in (("in", ("x", None)), ("out", (None, "x"))):
+        assert small[name].sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec(*spec)), 2)
+        assert np.array_equal(small[name], alone[name])

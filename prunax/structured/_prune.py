@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from prunax import _meshes, trees
 from prunax import allocation as allocations
-from prunax import trees
 from prunax._counts import num_pruned
 from prunax._jaxprs import programs
 from prunax._jaxprs.choosing import kernels
@@ -147,7 +147,7 @@ def prune_channels(
 
     if target is not None:
         # On the host, where cutting arrays to a dozen different sizes compiles nothing.
-        host = jax.tree.map(lambda x: np.asarray(x) if _is_host_readable(x) else x, params)
+        host = jax.tree.map(lambda x: _meshes.to_host(x) if _is_host_readable(x) else x, params)
         dense = cost(fn, host, *args)
 
         def fraction(sparsity: float) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from prunax import _masks, patterns, trees
+from prunax import _masks, _meshes, patterns, trees
 from prunax import allocation as allocations
 from prunax.structured._groups import AxisGroup
 
@@ -52,7 +52,7 @@ def group_scores(
     for path, shape in shapes.items():
         score = by_path[path]
         if np.shape(score) == shape and shape:
-            arrays[path] = np.asarray(jax.device_get(score)).astype(np.float64)
+            arrays[path] = _meshes.to_host(score).astype(np.float64)
         elif np.shape(score) != ():
             raise ValueError(
                 f"group_scores: the score of {path!r} has shape {np.shape(score)}, the leaf has {shape}. "
@@ -101,7 +101,7 @@ def scores_of_units(
                     f"{function}: scores names {name!r}, which is no group that may shrink. "
                     f"Those are: {', '.join(names)}."
                 )
-            score = np.asarray(jax.device_get(given)).astype(np.float64)
+            score = _meshes.to_host(given).astype(np.float64)
             if score.shape != (names[name].size,):
                 raise ValueError(
                     f"{function}: the scores of {name} have shape {score.shape}, expected {(names[name].size,)}: "
@@ -125,7 +125,7 @@ def scores_of_units(
 def _magnitudes(params: PyTree, where: trees.Where) -> PyTree:
     chosen = trees.select(params, where)
     nothing = jax.tree.map(lambda _: np.float32(0), params)
-    return chosen.put([np.abs(np.asarray(jax.device_get(x))) for x in chosen.leaves], nothing)
+    return chosen.put([np.abs(_meshes.to_host(x)) for x in chosen.leaves], nothing)
 
 
 def numbers_left(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from prunax import trees
+from prunax import _meshes, trees
 from prunax.structured._axes import Incompatible
 from prunax.structured._evaluate import evaluate, keep_of_axes
 from prunax.structured._groups import Analysis, Keep, Parameter, analyse, kept_positions
@@ -283,7 +283,8 @@ def _take_sharded(x: jax.Array, indices: np.ndarray, axis: int) -> jax.Array:
     whole = NamedSharding(sharding.mesh, PartitionSpec(*spec[:axis], None, *spec[axis + 1 :]))
     # Units move between devices: the axis is gathered, one leaf at a time.
     x = jax.device_put(x, whole)
-    x = x.at[(slice(None),) * axis + (jnp.asarray(indices),)].get(out_sharding=whole)
+    told = _meshes.sharding_of(x)  # on the explicit axes of the mesh; of the others XLA sees to it
+    x = x.at[(slice(None),) * axis + (jnp.asarray(indices),)].get(out_sharding=told)
     names = spec[axis] if isinstance(spec[axis], tuple) else (spec[axis],)
     parts = math.prod(sharding.mesh.shape[name] for name in names if name is not None)
     even = NamedSharding(sharding.mesh, PartitionSpec(*spec))
