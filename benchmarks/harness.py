@@ -1,13 +1,15 @@
 """What every benchmark shares: its command line, where it ran, files, progress, and fair timing."""
 
 import argparse
+import contextlib
+import gc
 import importlib.metadata
 import json
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +172,27 @@ def median_seconds(
             jax.block_until_ready(function())
             times[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+@contextlib.contextmanager
+def peak_memory() -> Iterator[list[int | None]]:
+    """Measures the most memory used inside the block, above that at its start. Linux only."""
+    gc.collect()
+    before, peak = _resident("VmRSS"), [None]
+    if before is not None:
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    yield peak
+    after = _resident("VmHWM")
+    peak[0] = None if before is None or after is None else after - before
+
+
+def _resident(field: str) -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    sizes = [line.split()[1] for line in lines if line.startswith(f"{field}:")]
+    return int(sizes[0]) * 1024 if sizes else None
 
 
 def _cpu_model() -> str:

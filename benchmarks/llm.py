@@ -6,13 +6,11 @@ a picture. What the JSON file has already for the same settings is not run again
 """
 
 import argparse
-import gc
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -140,27 +138,6 @@ class Result(NamedTuple):
     gflops: tuple[float, float]
 
 
-@contextmanager
-def peak_memory() -> Iterator[list[int | None]]:
-    """Measures the most memory used inside the block, above that at its start. Linux only."""
-    gc.collect()
-    before, peak = _resident("VmRSS"), [None]
-    if before is not None:
-        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    yield peak
-    after = _resident("VmHWM")
-    peak[0] = None if before is None or after is None else after - before
-
-
-def _resident(field: str) -> int | None:
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    sizes = [line.split()[1] for line in lines if line.startswith(f"{field}:")]
-    return int(sizes[0]) * 1024 if sizes else None
-
-
 def measure(
     method: str, target: Target, params: Any, batches: Any, texts: dict[str, Any], **options: Any
 ) -> Result:
@@ -168,7 +145,7 @@ def measure(
     before = speed()
     params = jax.block_until_ready(jax.tree.map(jnp.copy, params))  # for the method to use up
     start = time.perf_counter()
-    with peak_memory() as peak:
+    with harness.peak_memory() as peak:
         pruned = jax.block_until_ready(METHODS[method](params, batches, target, **options))
     seconds = time.perf_counter() - start
     gflops = before, speed()

@@ -363,7 +363,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 known[row] = read(file, done, known["dense"])
             continue
         start = time.perf_counter()
-        with llm.peak_memory() as peak:
+        with harness.peak_memory() as peak:
             known[row], curve = make(row, known, data, args)
             jax.block_until_ready(known[row].params)
         seconds = time.perf_counter() - start

@@ -1,6 +1,9 @@
 """Masks and training of sharded params: the same bits as on one device, and sharded like the params."""
 
 import contextlib
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -439,6 +442,28 @@ def test_two_processes_choose_what_one_does(tmp_path):
         whole = np.asarray(expected[name])
         r, c = int(row), int(column)
         assert np.array_equal(part, whole[r : r + part.shape[0], c : c + part.shape[1]])
+
+
+ONE_DEVICE = """
+import jax, jax.numpy as jnp, numpy as np, prunax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+assert jax.device_count() == 1
+values = np.random.default_rng(0).standard_normal((128, 64)).astype(np.float32)
+mesh = jax.make_mesh((1, 1), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+placed = jax.device_put(values, NamedSharding(mesh, PartitionSpec("x", "y")))
+for pattern in (prunax.patterns.Unstructured(), prunax.patterns.Block((4, 4))):
+    masks = lambda p: prunax.compute_masks(p, 0.75, pattern=pattern)
+    expected = masks({"kernel": jnp.asarray(values)})["kernel"]
+    for function in (masks, jax.jit(masks)):
+        found = function({"kernel": placed})["kernel"]
+        assert np.array_equal(found, expected)
+        assert found.sharding.is_equivalent_to(placed.sharding, 2)
+"""
+
+
+def test_explicit_mesh_of_one_device():
+    environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(Path(__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", ONE_DEVICE], env=environment, check=True)
 
 
 CALIBRATING_WORKER = """

@@ -71,14 +71,19 @@ class Reader(NamedTuple):
     def reshape(self, score: Score, shape: tuple[int, ...]) -> Score:
         """View the array, or the operands of its function, in a shape of its `grid`."""
         sharding = self.grid_sharding
-        return jax.tree.map(
-            lambda x: lax.reshape(x, shape, out_sharding=sharding) if x.shape == self.shape else x,
-            score,
-        )
+
+        def viewed(x: Array) -> Array:
+            if x.shape != self.shape:
+                return x
+            return lax.reshape(_meshes.gather(x) if self.local else x, shape, out_sharding=sharding)
+
+        return jax.tree.map(viewed, score)
 
     @property
     def grid_sharding(self) -> NamedSharding | None:
         """How an array of the `grid`'s shape is divided: each axis of two in its outer part."""
+        if self.local:
+            return None
         axes = [part for a in range(len(self.shape)) for part in (a, -1)]
         return _meshes.split(self.sharding, axes)
 
