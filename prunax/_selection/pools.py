@@ -215,8 +215,12 @@ def _sample_stride(leaves: Leaves, owner: Owner) -> list[int] | None:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _sample(leaf: Reader, stride: int, score: Score) -> Array:
-    keys = leaf.keys(leaf.reshape(score, (leaf.size,)))
-    return keys[min(stride // 2, leaf.size // 2) :: stride]
+    first = min(stride // 2, leaf.size // 2)
+    # Before the score is evaluated: XLA would store that of all units where it computes in a wider type.
+    flat = leaf.reshape(score, (leaf.size,))
+    return leaf.keys(
+        jax.tree.map(lambda x: x[first::stride] if x.shape == (leaf.size,) else x, flat)
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
