@@ -2,7 +2,8 @@
 
 A row is what was done, step by step: `2:4 SparseGPT correction refined distilled`, `75% width refined`, `dense`. Each
 row starts from the params of the row before its last step, which are kept under --work, and each is written when it is
-done: a run that is broken off goes on. `calibrated` distils on the windows of calibration alone, once through. `75%
+done: a run that is broken off goes on. `refined` goes three times through the windows of calibration, `refined-once`
+once. `calibrated` distils on these windows alone, once through, some of their tokens replaced by random ones. `75%
 width twin` has the same shape, trained from random weights for as long as the distilled one.
 """
 
@@ -36,6 +37,8 @@ examples:
 """
 SPARSE = ["50%", "60%", "70%", "2:4"]
 SMALL = ["85%", "75%", "60%"]
+PASSES = {"refined": 3, "refined-twice": 2, "refined-once": 1}
+AFTERWARDS = *PASSES, "calibrated", "distilled", "twin"
 AFTER = ["", " refined", " refined calibrated", " refined distilled"]
 ROWS = [
     "dense",
@@ -43,7 +46,7 @@ ROWS = [
     *(
         f"{t} SparseGPT{how}"
         for t in SPARSE
-        for how in ("", *(f" correction{rest}" for rest in AFTER))
+        for how in ("", " refined-once calibrated", *(f" correction{rest}" for rest in AFTER))
     ),
     *(
         f"{size} {way}{how}"
@@ -180,7 +183,7 @@ def layer(params: Any, x: jax.Array, i: int, config: smollm.Config) -> jax.Array
     )
 
 
-def refined(network: Network, dense: Network, data: Data, work: Path) -> Network:
+def refined(network: Network, dense: Network, data: Data, work: Path, passes: int) -> Network:
     """Tune each layer to the dense one's outputs; of a shallower network, to those before its next layer."""
     ends = [*(i - 1 for i in network.layers[1:]), dense.config.layers - 1]
     blocks = {f"*_{n}": f"*_{end}" for n, end in enumerate(ends)}
@@ -191,6 +194,8 @@ def refined(network: Network, dense: Network, data: Data, work: Path) -> Network
         data.calibration,
         blocks=blocks,
         teacher=(_apply(dense.config), dense.params),
+        steps=passes * sum(map(len, data.calibration)),
+        size=1,
         checkpoint=work,
         progress=True,
     )
@@ -247,6 +252,18 @@ def trained(
     return network._replace(params=params), curve
 
 
+def noisy(data: Data, share: float = 0.15) -> np.ndarray:
+    """The windows of calibration with a share of random tokens.
+
+    The dense network answers to any tokens, and what is learned from these holds on other texts more than what is
+    learned from the same windows seen again.
+    """
+    rows = np.concatenate([np.asarray(b) for b in data.calibration])
+    rng = np.random.default_rng(0)
+    other = rng.integers(0, smollm.Config().vocabulary, rows.shape, rows.dtype)
+    return np.where(rng.random(rows.shape) < share, other, rows)
+
+
 def make(row: str, known: Mapping[str, Network], data: Data, args: Any) -> tuple[Network, Any]:
     """The network of a row, from those of the rows that it needs; and the curve of its training."""
     dense = known["dense"]
@@ -254,12 +271,12 @@ def make(row: str, known: Mapping[str, Network], data: Data, args: Any) -> tuple
     work = args.work / (row.replace(" ", "-").replace("%", "").replace(":", "of") + ".blocks")
     if row == "dense":
         return dense, None
-    if last == "refined":
-        return refined(known[before], dense, data, work), None
+    if last in PASSES:
+        return refined(known[before], dense, data, work, PASSES[last]), None
     if last == "distilled":
         return trained(known[before], dense, data, args.minutes, rate=args.rate)
     if last == "calibrated":
-        own = data._replace(training=np.concatenate([np.asarray(b) for b in data.calibration]))
+        own = data._replace(training=noisy(data))
         return trained(known[before], dense, own, math.inf, rate=1e-4, size=1)
     if last == "twin":
         shape = known[before]
@@ -279,7 +296,7 @@ def needed(row: str) -> list[str]:
     """The row, after those that it starts from."""
     before, _, last = row.rpartition(" ")
     return [
-        *(needed(before) if last in ("refined", "calibrated", "distilled", "twin") else []),
+        *(needed(before) if last in AFTERWARDS else []),
         row,
     ]
 

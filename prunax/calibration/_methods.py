@@ -177,7 +177,8 @@ class SparseGPT(_Propagating):
         damping: Added to the diagonal of the Gram matrix, times the diagonal's mean; more where that does not do.
         correction: How much of the errors that the pruned layers before it leave in its inputs a layer is to make up
             for, from 0, none, to 1, all that the calibration data show: the propagation strength of QEP. With few data
-            all is too much, and a half better. Takes the dense model along, at about twice the time.
+            all is too much, and a half better; where `refine` follows, none at all. Takes the dense model along, at
+            about twice the time.
 
     Raises:
         ValueError: If the correction does not lie in [0, 1], or the block size is not positive.
