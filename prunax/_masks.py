@@ -95,7 +95,7 @@ def compute_masks(
     else:
         pools = plan(chosen.shapes, sparsity, allocation=allocation, pattern=pattern)
         if scores is None:  # absolute values are taken within each read, and not stored
-            score_leaves = [Partial(jnp.abs, leaf) for leaf in chosen.leaves]
+            score_leaves = [Partial(_selection.absolute, leaf) for leaf in chosen.leaves]
         kept = select_masks(score_leaves, pools.budgets, pattern=pattern, structure=pools.structure)
     has_nan = [_has_nan(s) for s in score_leaves]
     if not trees.is_traced(*has_nan):

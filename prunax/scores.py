@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from prunax import _meshes, trees
+from prunax import _meshes, _selection, trees
 
 __all__ = [
     "Score",
@@ -53,7 +53,7 @@ def magnitude(params: PyTree, grads: PyTree | None = None) -> PyTree:
         Han et al., Learning both Weights and Connections for Efficient Neural Networks, 2015, arXiv:1506.02626.
     """
     del grads
-    return _score("magnitude", jnp.abs, params)
+    return _score("magnitude", _selection.absolute, params)
 
 
 def gradient(params: PyTree, grads: PyTree) -> PyTree:

@@ -131,6 +131,14 @@ def test_functions_stand_for_their_values():
     assert np.array_equal(lazy, direct)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "complex64"])
+def test_absolute_values_are_those_of_jax(dtype):
+    x = jnp.asarray([1.5, -2.0, np.nan, -np.nan, -0.0, -np.inf, -3e4, 1e-5], dtype)
+    found, expected = _selection.absolute(x), jnp.abs(x)
+    assert found.dtype == expected.dtype and not jnp.signbit(found).any()
+    assert np.array_equal(found, expected, equal_nan=True)
+
+
 def test_nothing_as_large_as_the_scores_is_stored():
     w = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
     compiled = (

@@ -11,9 +11,9 @@ the axis is not the minor one), and only counts travel between devices.
     keys -> reading (counts at pivots, masks) -> search (thresholds) -> pools (whole arrays) | slices (along an axis)
 """
 
-from prunax._selection.keys import sort_keys
+from prunax._selection.keys import absolute, sort_keys
 from prunax._selection.pools import keep_largest
 from prunax._selection.reading import Score, value_of
 from prunax._selection.slices import keep_largest_along
 
-__all__ = ["Score", "keep_largest", "keep_largest_along", "sort_keys", "value_of"]
+__all__ = ["Score", "absolute", "keep_largest", "keep_largest_along", "sort_keys", "value_of"]

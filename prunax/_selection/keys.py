@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-__all__ = ["sort_keys"]
+__all__ = ["absolute", "sort_keys"]
 
 Array = jax.Array
 
@@ -27,6 +27,14 @@ def sort_keys(x: Array) -> Array:
         [4, 1, 2, 3, 0, 5]
     """
     return ~rank_keys(x)
+
+
+def absolute(x: Array) -> Array:
+    """`jnp.abs`, of bfloat16 by its bits: XLA computes that in float32 on CPUs, which doubles the time of a read."""
+    if x.dtype != jnp.bfloat16:
+        return jnp.abs(x)
+    bits = lax.bitcast_convert_type(x, jnp.uint16)
+    return lax.bitcast_convert_type(bits & np.uint16(0x7FFF), x.dtype)
 
 
 def rank_keys(x: Array) -> Array:

@@ -10,7 +10,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from prunax import _masks as mask_trees
-from prunax import patterns
+from prunax import _selection, patterns
 from prunax.cli import _ranking
 from prunax.cli._options import UsageError
 from prunax.export import _encoding
@@ -134,7 +134,7 @@ class Masks:
         wide = any(array.dtype == np.float64 for array in arrays)
         with _float64() if wide else contextlib.nullcontext():
             kept = mask_trees.select_masks(
-                [Partial(jnp.abs, jnp.asarray(array)) for array in arrays],
+                [Partial(_selection.absolute, jnp.asarray(array)) for array in arrays],
                 [self._plan.budgets[pool]],
                 pattern=self._request.pattern,
                 structure=((members,), self._plan.rescale),

@@ -171,7 +171,7 @@ def leaves(
         [n for n, (mask, leaf) in enumerate(own) if trees.is_prunable(mask, leaf) and leaf.size]
     )
     ranked = (
-        [Partial(jnp.abs, leaf) for leaf in chosen.leaves]
+        [Partial(_selection.absolute, leaf) for leaf in chosen.leaves]
         if scores is None
         else chosen.take("leaves", "scores", scores)
     )

@@ -9,8 +9,8 @@ import optax
 from jax.tree_util import Partial
 
 from prunax import _masks as mask_functions
+from prunax import _selection, patterns, schedules, trees
 from prunax import allocation as allocations
-from prunax import patterns, schedules, trees
 from prunax import scores as score_functions
 from prunax.transforms._checks import arguments_of
 from prunax.transforms._masked import Ranking, any_nan, plan_at, train_masked
@@ -140,7 +140,7 @@ def _pruned(
         has_nan = any_nan(scores)
         if score is score_functions.magnitude:
             # Taken within each read of the selection, absolute values need no memory.
-            scores = [Partial(jnp.abs, leaf) for leaf in ranked.leaves]
+            scores = [Partial(_selection.absolute, leaf) for leaf in ranked.leaves]
         kept = mask_functions.select_masks(
             scores, plan.budgets, pattern=pattern, structure=plan.structure
         )
