@@ -252,7 +252,7 @@ def trained(
     return network._replace(params=params), curve
 
 
-def noisy(data: Data, share: float = 0.15) -> np.ndarray:
+def noisy(data: Data, vocabulary: int, share: float = 0.15) -> np.ndarray:
     """The windows of calibration with a share of random tokens.
 
     The dense network answers to any tokens, and what is learned from these holds on other texts more than what is
@@ -260,7 +260,7 @@ def noisy(data: Data, share: float = 0.15) -> np.ndarray:
     """
     rows = np.concatenate([np.asarray(b) for b in data.calibration])
     rng = np.random.default_rng(0)
-    other = rng.integers(0, smollm.Config().vocabulary, rows.shape, rows.dtype)
+    other = rng.integers(0, vocabulary, rows.shape, rows.dtype)
     return np.where(rng.random(rows.shape) < share, other, rows)
 
 
@@ -276,7 +276,7 @@ def make(row: str, known: Mapping[str, Network], data: Data, args: Any) -> tuple
     if last == "distilled":
         return trained(known[before], dense, data, args.minutes, rate=args.rate)
     if last == "calibrated":
-        own = data._replace(training=noisy(data))
+        own = data._replace(training=noisy(data, dense.config.vocabulary))
         return trained(known[before], dense, own, math.inf, rate=1e-4, size=1)
     if last == "twin":
         shape = known[before]
