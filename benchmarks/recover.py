@@ -32,7 +32,7 @@ the model and the texts:
   apt-get install dict-foldoc fortunes r-cran-janeaustenr
 
 examples:
-  python -m benchmarks.recover --model FILE.gguf --rows dense "50% SparseGPT correction refined"
+  python -m benchmarks.recover --model FILE.gguf --rows dense "50% SparseGPT refined-once calibrated"
   python -m benchmarks.recover --model FILE.gguf --rows all --minutes 20 --out benchmarks/results
 """
 SPARSE = ["50%", "60%", "70%", "2:4"]
@@ -58,7 +58,7 @@ ROWS = [
 MAIN = ["dense"] + [
     f"{t} SparseGPT{how}"
     for t in ("50%", "2:4")
-    for how in ("", " correction", " correction refined")
+    for how in ("", " refined-once", " refined-once calibrated")
 ]
 
 
