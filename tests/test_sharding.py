@@ -268,8 +268,9 @@ def test_functions_of_the_model_need_no_mesh_context(layout):
     for name, function in functions.items():
         got, expected = function(LAYOUTS[layout]), function(HOST)
         for a, b in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
-            # Sums over devices round otherwise.
-            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5, err_msg=name)
+            # Sums over devices round otherwise. Weights are about 1, and SparseGPT's system of 16 inputs, seen in 8
+            # examples, makes up to a thousand times as much of that.
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=3e-4, err_msg=name)
         if name in ("wanda", "sparsegpt"):
             for part in got:
                 kernel = LAYOUTS[layout]["first"]["kernel"]
@@ -496,7 +497,7 @@ def test_two_processes_calibrate_shrink_and_search_as_one_does(tmp_path):
             if leaf.dtype == bool:
                 assert np.array_equal(found, leaf)
             else:
-                np.testing.assert_allclose(found, leaf, rtol=1e-4, atol=1e-5)
+                np.testing.assert_allclose(found, leaf, rtol=1e-3, atol=3e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
