@@ -1,9 +1,9 @@
 """A billion weights in bfloat16 on one machine, and a decoder's masks on meshes of up to 64 devices.
 
 Each row runs in a process of its own, so that memory is counted from nothing and each has as many devices as it needs.
-The first table holds a billion weights: seconds and peak memory of masks and of training steps that
-use up their arguments, beside one read and one copy of the same weights. The second compiles masks of a Llama's params
-divided over rows and columns of a mesh of host devices, from shapes alone: what the compiled program sends.
+The first table holds a billion weights: seconds and peak memory of masks and of training steps that use up their
+arguments, beside one read and one copy of the same weights. The second compiles masks of a Llama's params divided over
+rows and columns of a mesh of host devices, from shapes alone: what the compiled program sends.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from rich.console import Console
 
 import prunax
-from benchmarks import harness
+from benchmarks import harness, sharded
 from prunax import allocation, patterns
 
 PyTree = Any
@@ -46,7 +46,10 @@ STEPS: dict[str, Callable[[Any], Any]] = {
     "step, masks of one bit": functools.partial(prunax.prune, sparsity=0.9, packed=True),
     "step, masks of one byte": functools.partial(prunax.prune, sparsity=0.9),
 }
-BARE = "one read", "one copy"
+BARE: dict[str, Callable[[PyTree], PyTree]] = {
+    "one read": jax.jit(lambda p: [jnp.max(x) for x in jax.tree.leaves(p)]),
+    "one copy": lambda p: jax.tree.map(jnp.copy, p),
+}
 
 
 # A billion weights.
@@ -80,15 +83,9 @@ def measured(what: str, layers: int, width: int, repeats: int) -> dict[str, Any]
     if what in STEPS:
         found = _step(STEPS[what], params, repeats)
     else:
-        functions = {"one read": _read, "one copy": functools.partial(jax.tree.map, jnp.copy)}
-        function = functions.get(what) or MASKS[what]
+        function = (BARE | MASKS)[what]
         found = timed(lambda: function(params), repeats)
     return {"what": what, "bytes": held, **found}
-
-
-@jax.jit
-def _read(params: PyTree) -> list[jax.Array]:
-    return [jnp.max(x) for x in jax.tree.leaves(params)]
 
 
 def _step(wrap: Callable[[Any], Any], params: PyTree, repeats: int) -> dict[str, Any]:
@@ -158,7 +155,7 @@ def compiled(way: str, kind: str, devices: int, layers: int) -> dict[str, Any]:
         tracing = time.perf_counter() - start
         program = lowered.compile()
     text = program.as_text()
-    sent = re.findall(r"= (.*?) (all-[\w-]+?|collective-permute)(?:-start)?\(", text)
+    sent = re.findall(rf"= (.*?) ({'|'.join(sharded.COLLECTIVES)})(?:-start)?\(", text)
     return {
         "what": way,
         "kind": kind,
@@ -207,7 +204,7 @@ def tables(content: Mapping[str, Any]) -> dict[str, harness.Table]:
     mesh = [r for r in content["records"] if r["part"] == "mesh"]
     made = {}
     if memory:
-        read = next(r["seconds"] for r in memory if r["what"] == BARE[0])
+        read = next(r["seconds"] for r in memory if r["what"] == "one read")
         rows = [
             (
                 r["what"],

@@ -251,7 +251,7 @@ def network(params, x):
 
 @pytest.mark.parametrize("layout", ["explicit", "three axes"])
 def test_functions_of_the_model_need_no_mesh_context(layout):
-    x = jnp.asarray(VALUES[:8, :16])
+    x = jnp.asarray(VALUES[:, :16])  # more examples than inputs: rounding stays small
 
     def loss(params, x):
         return jnp.mean(jnp.square(network(params, x) - x))
@@ -268,9 +268,8 @@ def test_functions_of_the_model_need_no_mesh_context(layout):
     for name, function in functions.items():
         got, expected = function(LAYOUTS[layout]), function(HOST)
         for a, b in zip(*map(jax.tree.leaves, (got, expected)), strict=True):
-            # Sums over devices round otherwise. Weights are about 1, and SparseGPT's system of 16 inputs, seen in 8
-            # examples, makes up to a thousand times as much of that.
-            np.testing.assert_allclose(a, b, rtol=1e-3, atol=3e-4, err_msg=name)
+            # Sums over devices round otherwise.
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5, err_msg=name)
         if name in ("wanda", "sparsegpt"):
             for part in got:
                 kernel = LAYOUTS[layout]["first"]["kernel"]
@@ -497,7 +496,7 @@ def test_two_processes_calibrate_shrink_and_search_as_one_does(tmp_path):
             if leaf.dtype == bool:
                 assert np.array_equal(found, leaf)
             else:
-                np.testing.assert_allclose(found, leaf, rtol=1e-3, atol=3e-4)
+                np.testing.assert_allclose(found, leaf, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
