@@ -121,41 +121,20 @@ class PatchConv(nn.Module):
         return y.reshape(self.features, height, width, count)
 
 
-class ResNet(nn.Module):
-    """Residual blocks with group normalisation, halving the image and doubling the channels at each stage."""
-
-    num_classes: int
-    channels: int = 16
-    blocks: tuple[int, ...] = (1, 1, 1)
-
-    @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
-        x = Conv(self.channels, (3, 3), use_bias=False)(images)
-        for stage, count in enumerate(self.blocks):
-            channels = self.channels * 2**stage
-            for block in range(count):
-                stride = 2 if stage > 0 and block == 0 else 1
-                y = nn.relu(nn.GroupNorm(num_groups=8)(x))
-                skip = x
-                if y.shape[-1] != channels or stride > 1:
-                    skip = Conv(channels, (1, 1), stride, use_bias=False)(y)
-                y = Conv(channels, (3, 3), stride, use_bias=False)(y)
-                y = nn.relu(nn.GroupNorm(num_groups=8)(y))
-                x = skip + Conv(channels, (3, 3), use_bias=False)(y)
-        x = nn.relu(nn.GroupNorm(num_groups=8)(x))
-        return nn.Dense(self.num_classes)(jnp.mean(x, axis=(1, 2)))
-
-
 class BatchNormResNet(nn.Module):
     """Basic residual blocks with batch normalisation, at half and a quarter of the image's side."""
 
     num_classes: int
     channels: int = 64
+    conv: Callable[..., nn.Module] = nn.Conv
+    momentum: float = 0.9
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        conv = functools.partial(nn.Conv, use_bias=False)
-        norm = functools.partial(nn.BatchNorm, use_running_average=not train, momentum=0.9)
+        conv = functools.partial(self.conv, use_bias=False)
+        norm = functools.partial(
+            nn.BatchNorm, use_running_average=not train, momentum=self.momentum
+        )
         x = nn.relu(norm()(conv(self.channels, (3, 3), 2)(images)))
         for channels, stride in ((self.channels, 1), (2 * self.channels, 2)):
             y = nn.relu(norm()(conv(channels, (3, 3), stride)(x)))
@@ -191,7 +170,7 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {
     "mlp": MLP,
     "lenet5": LeNet5,
     "cnn": CNN,
-    "resnet": ResNet,
+    "resnet": functools.partial(BatchNormResNet, channels=16, conv=Conv),
 }
 
 
@@ -210,5 +189,27 @@ def init(model: nn.Module, key: jax.Array, images: jax.Array) -> Any:
 
 
 def apply(model: nn.Module, params: Any, images: jax.Array) -> jax.Array:
-    """Logits `(n, classes)` of images `(n, height, width, channels)` in [0, 1]."""
+    """Logits `(n, classes)` of images `(n, height, width, channels)` in [0, 1], as in training.
+
+    Batch normalisation takes the statistics of these images.
+    """
+    if isinstance(model, BatchNormResNet):
+        return _with_statistics(model, params, images)[0]
     return model.apply({"params": params}, images)
+
+
+def as_used(
+    model: nn.Module, params: Any, training_images: jax.Array
+) -> Callable[[jax.Array], jax.Array]:
+    """`apply` of a trained network: batch normalisation takes the statistics of the training images given here."""
+    if isinstance(model, BatchNormResNet):
+        _, statistics = _with_statistics(model, params, training_images)
+        return lambda images: model.apply({"params": params, **statistics}, images)
+    return lambda images: apply(model, params, images)
+
+
+def _with_statistics(model: nn.Module, params: Any, images: jax.Array) -> tuple[jax.Array, Any]:
+    """Logits, and the means and variances of these images alone."""
+    return model.clone(momentum=0.0).apply(
+        {"params": params}, images, train=True, mutable=["batch_stats"]
+    )

@@ -378,10 +378,10 @@ METHODS: dict[str, Method] = {
         functools.partial(dynamic, grow=scores.gradient),
         DYNAMIC,
     ),
-    "rigl-mean": Method(
+    "rigl-deflated": Method(
         "early",
-        "weakest go, largest mean gradients grow",
-        functools.partial(dynamic, grow=scores.ema_gradients(scores.gradient, 0.99)),
+        "weakest go, largest mean gradients grow, less their part of rank one",
+        functools.partial(dynamic, grow=scores.ema_gradients(scores.deflated_gradient, 0.99)),
         DYNAMIC,
     ),
     "snip": Method(

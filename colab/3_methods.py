@@ -423,9 +423,10 @@ prunax.reports.Table(
 #   its 1,000 weights at 98%, and loses what no criterion brings back. The three other allocations are one.
 # - AC/DC should profit from undoing early choices. In runs this short it and gradual pruning are one, within
 #   deviations.
-# - RigL should beat SET, since it grows where the loss asks for it, and here it does. The gradient of one small batch,
-#   by which it grows as published (`decay=0.0`), does not know where that is: in the recorded runs RigL then falls
-#   behind SET. `rigl` takes the mean of about a hundred steps.
+# - RigL should beat SET, since it grows where the loss asks for it, and here it does. As published it grows by the
+#   gradient of one small batch (`grow=scores.gradient`), which is in large part noise and what all connections of an
+#   input or a unit have in common: in the recorded runs RigL then falls behind SET. `rigl` takes the mean of about a
+#   hundred steps, and leaves out the common part.
 #
 # Differences within the deviations mean nothing.
 #

@@ -6,6 +6,7 @@ score, never pruned. Scores are real. A new score is a new function with that si
 """
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from prunax import _meshes, _selection, trees
 __all__ = [
     "Score",
     "ScoreWithMemory",
+    "deflated_gradient",
     "ema",
     "ema_gradients",
     "fisher",
@@ -29,6 +31,9 @@ __all__ = [
 ]
 
 PyTree = Any
+
+_SWEEPS = 4
+"""Over all axes, of power iterations: more changes no score that would matter."""
 
 Score = Callable[..., Any]
 """A score: ``score(params, grads)`` gives a tree of the params' structure, larger = keep."""
@@ -78,6 +83,68 @@ def gradient(params: PyTree, grads: PyTree) -> PyTree:
         The growth criterion of Evci et al., Rigging the Lottery, 2020, arXiv:1911.11134, section 3.
     """
     return _score("gradient", lambda w, g: jnp.abs(g), params, grads)
+
+
+def deflated_gradient(params: PyTree, grads: PyTree) -> PyTree:
+    r"""Score each weight by the absolute value of its gradient beyond the leading rank-one part of its leaf's.
+
+    The gradient of the weight between input i and unit j is the mean of ``x_i * d_j`` over a batch, d being what comes
+    back to the unit:
+
+    .. math:: g_{ij} = \overline{x}_i \, \overline{d}_j + \mathrm{cov}(x_i, d_j)
+
+    Where inputs do not have mean zero, images in [0, 1] or what a ReLU lets through, the first term is most of it. It
+    says which inputs and which units are large, not which belong together, and the unit's bias learns it anyway. It has
+    rank one, and is taken out as such: the nearest ``u v^T`` (for kernels of n axes the nearest product of n vectors),
+    found by power iterations in float32. Whichever axes inputs and outputs lie on, the score is the same.
+
+    Args:
+        params: Pytree of arrays, any shapes.
+        grads: Gradients of the loss, the params' structure and shapes.
+
+    Returns:
+        Scores of the params' structure and shapes, float32 or wider. Where no two axes are longer than 1 they are
+        ``|g|``.
+
+    Raises:
+        ValueError: If grads is missing or its structure is not that of the params.
+
+    Examples:
+        >>> import jax.numpy as jnp, prunax
+        >>> grads = {"kernel": jnp.outer(jnp.arange(1.0, 6), jnp.arange(1.0, 6)).at[0, 0].add(3.0)}
+        >>> scores = prunax.scores.deflated_gradient(grads, grads)
+        >>> prunax.scores.gradient(grads, grads)["kernel"].argmax().item(), scores["kernel"].argmax().item()
+        (24, 0)
+
+    References:
+        De Lathauwer et al., On the best rank-1 and rank-(R1, ..., RN) approximation of higher-order tensors, 2000,
+        algorithm 3.2 (the higher-order power method).
+    """
+    return _score("deflated_gradient", lambda w, g: _deflated(g), params, grads, wide=True)
+
+
+def _deflated(g: jax.Array) -> jax.Array:
+    """|g| less its leading rank-one part. Products and sums only: they keep any sharding."""
+    if sum(n > 1 for n in g.shape) < 2:  # a vector is of rank one
+        return jnp.abs(g)
+    scale = jnp.max(jnp.abs(g))
+    unit = g / jnp.where(scale > 0, scale, 1).astype(g.dtype)
+    axes = range(g.ndim)
+
+    def along(axis: int, x: jax.Array) -> jax.Array:
+        """The direction that is left when all other axes are summed over."""
+        total = x.sum([a for a in axes if a != axis], keepdims=True)
+        norm = jnp.sqrt(jnp.sum(jnp.abs(total) ** 2))
+        return total / jnp.where(norm > 0, norm, 1).astype(g.dtype)
+
+    # Signed squares: what a softmax sends back adds up to zero over the units.
+    vectors = [along(axis, unit * jnp.abs(unit).astype(g.dtype)) for axis in axes]
+    for _ in range(_SWEEPS):
+        for axis in axes:
+            others = (jnp.conj(v) for a, v in enumerate(vectors) if a != axis)
+            vectors[axis] = along(axis, math.prod(others, start=unit))
+    length = jnp.sum(math.prod(map(jnp.conj, vectors), start=unit))
+    return scale * jnp.abs(unit - math.prod(vectors, start=length))
 
 
 def saliency(params: PyTree, grads: PyTree) -> PyTree:

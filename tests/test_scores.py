@@ -27,6 +27,7 @@ GRADS = {
     [
         (scores.magnitude, [[2.0, 3.0, 0.0]], [1.0]),
         (scores.gradient, [[0.5, 2.0, 4.0]], [2.0]),
+        (scores.deflated_gradient, [[0.5, 2.0, 4.0]], [2.0]),  # vectors
         (scores.saliency, [[1.0, 6.0, 0.0]], [2.0]),
         (scores.fisher, [[1.0, 36.0, 0.0]], [4.0]),
     ],
@@ -76,19 +77,73 @@ def test_random_is_uniform_repeatable_and_of_each_leaf_its_own():
     assert one["b"].dtype == jnp.float32 and one["n"].shape == ()
 
 
+def gradients_of_a_layer(shape=(12, 8), dtype=np.float32):
+    """Noise on a part of rank one that is ten times as large."""
+    rng = np.random.default_rng(0)
+    parts = np.ix_(*(rng.normal(size=n) + 2 for n in shape))
+    noise = rng.normal(size=shape)
+    if np.issubdtype(dtype, np.complexfloating):
+        noise = noise + 1j * rng.normal(size=shape)
+    return (10 * np.prod(np.broadcast_arrays(*parts), axis=0) + noise).astype(dtype)
+
+
+def deflated(g):
+    return np.asarray(scores.deflated_gradient({"k": jnp.asarray(g)}, {"k": jnp.asarray(g)})["k"])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.complex64])
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
+def test_deflation_takes_out_the_first_singular_value(dtype, scale):
+    g = gradients_of_a_layer(dtype=dtype)
+    u, s, v = np.linalg.svd(g)
+    expected = np.abs(g - s[0] * np.outer(u[:, 0], v[0]))
+    found = deflated((g * scale).astype(dtype)) / scale
+    np.testing.assert_allclose(found, expected, atol=1e-4 * s[0])
+    assert s[0] > 50 * expected.max()
+
+
+def test_deflation_asks_for_no_layout():
+    g = gradients_of_a_layer((3, 3, 4, 6))
+    axes = 3, 2, 0, 1
+    np.testing.assert_allclose(
+        deflated(g.transpose(axes)), deflated(g).transpose(axes), atol=1e-3 * np.abs(g).max()
+    )
+    assert deflated(g).max() < 0.1 * np.abs(g).max()
+
+
+def test_deflation_of_a_softmax_layer():
+    # What comes back adds up to zero over the classes, along whichever axis they lie.
+    g = gradients_of_a_layer() - gradients_of_a_layer().mean(1, keepdims=True)
+    for layout in (g, g.T):
+        first = np.linalg.svd(layout, compute_uv=False)[1]
+        assert np.linalg.norm(deflated(layout), 2) < 2 * first
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (1, 5), (5,), (), (2, 0)])
+def test_deflation_of_nothing(shape):
+    assert deflated(np.zeros(shape, np.float32)).tolist() == np.zeros(shape).tolist()
+
+
+def test_deflation_in_half_precision():
+    g = jnp.asarray(gradients_of_a_layer()).astype(jnp.float16) * jnp.float16(2.0**-18)
+    found = deflated(g)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, deflated(g.astype(jnp.float32)), rtol=1e-5)
+
+
 def test_scores_go_into_compute_masks():
     params, grads = ({"kernel": tree["kernel"], "bias": tree["bias"]} for tree in (PARAMS, GRADS))
     masks = prunax.compute_masks(params, 2 / 3, scores=scores.gradient(params, grads))
     assert masks["kernel"].tolist() == [[False, False, True]]
 
 
-@pytest.mark.parametrize("name", ["gradient", "saliency", "fisher"])
+@pytest.mark.parametrize("name", ["gradient", "saliency", "fisher", "deflated_gradient"])
 def test_missing_gradients(name):
     with pytest.raises(ValueError, match=rf"scores.{name}: needs gradients, got None"):
         getattr(scores, name)(PARAMS, None)
 
 
-@pytest.mark.parametrize("name", ["gradient", "saliency", "fisher"])
+@pytest.mark.parametrize("name", ["gradient", "saliency", "fisher", "deflated_gradient"])
 def test_gradients_that_do_not_fit(name):
     score, params = getattr(scores, name), {"a": {"kernel": jnp.ones((2, 3))}}
     with pytest.raises(ValueError, match=rf"scores.{name}: .*'a/kernel' is missing"):

@@ -262,6 +262,7 @@ def test_functions_of_the_model_need_no_mesh_context(layout):
         "snip": lambda p: initialization.snip(loss, p, x),
         "synflow": lambda p: initialization.synflow(network, p, x[:1]),
         "random": lambda p: scores.random(p, key=KEY),
+        "deflated_gradient": lambda p: scores.deflated_gradient(p, p),
         "straight_through": lambda p: jax.vjp(lambda p: prunax.straight_through(p, HALF), p)[1](p),
         "summarize": lambda p: np.asarray(prunax.summarize(p, HALF).kept),
     }

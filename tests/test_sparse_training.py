@@ -121,7 +121,7 @@ def test_rigl_drops_the_smallest_and_grows_the_largest_gradients():
         optax.sgd(0.0),
         0.5,
         key=jax.random.key(0),
-        decay=0.0,
+        grow=scores.gradient,
         initial=lambda p, g: initial,
         every=1,
         drop_fraction=lambda count: 0.5,
@@ -150,8 +150,9 @@ def test_rigl_grows_by_the_mean_gradient():
             _, state = tx.update(grads, state, params)
         return state
 
-    mean = masks_after(transforms.rigl(optax.sgd(0.0), 0.5, decay=0.75, **options))
-    batch = masks_after(transforms.rigl(optax.sgd(0.0), 0.5, decay=0.0, **options))
+    of_mean = scores.ema_gradients(scores.deflated_gradient, 0.75)
+    mean = masks_after(transforms.rigl(optax.sgd(0.0), 0.5, grow=of_mean, **options))
+    batch = masks_after(transforms.rigl(optax.sgd(0.0), 0.5, grow=scores.gradient, **options))
     of_scores = scores.ema(scores.gradient, 0.75)
     sizes = masks_after(transforms.dynamic_sparse(optax.sgd(0.0), 0.5, grow=of_scores, **options))
     assert mean.averaged_scores["kernel"][0, 4:6].tolist() == [1.625, 2.890625]
@@ -159,6 +160,24 @@ def test_rigl_grows_by_the_mean_gradient():
     assert np.flatnonzero(batch.masks["kernel"]).tolist() == [1, 2, 3, 4]
     assert np.flatnonzero(sizes.masks["kernel"]).tolist() == [1, 2, 3, 4]
     assert batch.averaged_scores is None
+
+
+def test_rigl_grows_pairs_that_belong_together():
+    # One input and one unit have large gradients everywhere; a small one is all their own.
+    large = jnp.ones((6, 5)).at[2].set(9.0).at[:, 3].multiply(9.0)
+    grads = {"kernel": large.at[5, 0].add(20.0)}
+    params = {"kernel": jnp.ones((6, 5))}
+    first = {"kernel": jnp.zeros((6, 5)).at[0, 0].set(1.0)}
+    options = {"key": jax.random.key(0), "initial": lambda p, g: first, "every": 1}
+    options["drop_fraction"] = lambda count: 1.0
+    grown = {}
+    for name, more in {"ours": {}, "published": {"grow": scores.gradient}}.items():
+        tx = transforms.rigl(optax.sgd(0.0), 29 / 30, **options, **more)
+        state = tx.init(params)
+        for _ in range(3):
+            _, state = tx.update(grads, state, params)
+        grown[name] = np.argwhere(state.masks["kernel"]).tolist()
+    assert grown == {"ours": [[5, 0]], "published": [[2, 3]]}
 
 
 def test_a_mean_leaves_out_gradients_that_are_not_finite():
@@ -233,7 +252,9 @@ def test_dynamic_training_refuses_rescaled_scores():
 
 
 def test_nan_gradient_keeps_the_masks_and_is_counted():
-    tx = transforms.rigl(optax.adam(1e-2), 0.8, key=jax.random.key(2), every=1, decay=0.0)
+    tx = transforms.rigl(
+        optax.adam(1e-2), 0.8, key=jax.random.key(2), every=1, grow=scores.gradient
+    )
     params = make_params()
     _, state = tx.update(params, tx.init(params), params)
     bad = jax.tree.map(lambda p: p.at[(0,) * p.ndim].set(jnp.nan), params)

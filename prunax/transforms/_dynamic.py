@@ -52,8 +52,7 @@ def dynamic_sparse(
         inner: Any optax transformation.
         sparsity: Fraction of weights that are zero throughout, in [0, 1]; None for what the pattern fixes.
         grow: Which connections to grow: ``score(params, grads)`` of the dense gradients. `scores.gradient` makes RigL
-            as published, ``scores.ema_gradients(scores.gradient, 0.99)`` that of `rigl`, `scores.random` SET. A score
-            that takes a ``key`` gets a fresh one at every update.
+            as published, `scores.random` SET. A score that takes a ``key`` gets a fresh one at every update.
         key: A JAX random key, for the first masks and for random growth.
         every: Steps from one mask update to the next.
         end_step: No mask update from here on; None for no end, with a constant drop fraction.
@@ -227,25 +226,30 @@ def _moving(
     )
 
 
+GROW = score_functions.ema_gradients(score_functions.deflated_gradient, 0.99)
+
+
 def rigl(
     inner: optax.GradientTransformation,
     sparsity: float,
     *,
     key: jax.Array,
-    decay: float = 0.99,
+    grow: score_functions.Score = GROW,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """RigL: `dynamic_sparse` that grows the connections with the largest gradients.
 
-    Published RigL looks at the gradient of one batch. That of a small batch is largest at the units and inputs that
-    vary most, and all that grows ends there. Here it is the mean over about ``1 / (1 - decay)`` steps.
+    Published RigL takes the gradient of one batch as it is. Two things in it say nothing of a connection: the noise of
+    a small batch, and the part that each input and each unit has in all of its connections. All that grows ends at the
+    few units and inputs where these are large, and growth at random does better. Here the gradient is the mean of about
+    a hundred steps, less its part of rank one (`scores.deflated_gradient`).
 
     Args:
         inner: Any optax transformation.
         sparsity: Fraction of weights that are zero throughout, in [0, 1].
         key: A JAX random key for the first masks.
-        decay: Of the mean of the gradients, in [0, 1), as in `scores.ema_gradients`. 0.0 for the gradient of the one
-            batch, as published, which needs no memory.
+        grow: Which connections to grow, ``scores.ema_gradients(scores.deflated_gradient, 0.99)``: a float32 number of
+            memory for each weight. `scores.gradient` for the gradient of the one batch, as published.
         **options: Any other argument of `dynamic_sparse`. RigL as published has ``every=100, drop_fraction=0.3`` and
             ``end_step`` at three quarters of the training.
 
@@ -262,9 +266,6 @@ def rigl(
     References:
         Evci et al., Rigging the Lottery: Making All Tickets Winners, 2020, arXiv:1911.11134, algorithm 1.
     """
-    grow = score_functions.gradient
-    if decay:
-        grow = score_functions.ema_gradients(grow, decay)
     return moving("rigl", inner, sparsity, grow=grow, key=key, **options)
 
 
