@@ -10,27 +10,32 @@ from typing import Any
 
 from benchmarks import harness, smollm
 
-Row = tuple[
-    str, str, float, float, str
-]  # job, what limits it, seconds of the limit, seconds found, peers
+Row = tuple[str, float, float, str]  # job, seconds of the limit, seconds found, peers
 INDEX_BYTES = 4  # beside each kept weight of four bytes, where single weights are packed
 
 
 def tables(results: Path) -> dict[str, harness.Table]:
     """The tables of all results that a folder has."""
-    rows = []
+    made = {}
     for name, job in JOBS.items():
         file = results / f"{name}.json"
         if file.is_file():
-            for what, limit, least, found, peers in job(json.loads(file.read_text())):
-                times = f"{_time(least)}", f"{_time(found)}", f"{found / least:.2f}"
-                rows.append((what, limit, peers, *times, f"`{name}`"))
-    columns = ("job", "limit", "peers", "at least", "found", "ratio", "script")
-    made = {"limits": harness.Table(columns, rows, text=3)}
+            made[f"limits/{name}"] = _table(job(json.loads(file.read_text())))
     selection = results / "selection.json"
     if selection.is_file():
         made["limits/size"] = _growth(json.loads(selection.read_text()))
     return made
+
+
+def _table(rows: Sequence[Row]) -> harness.Table:
+    """Peers stand where there are any."""
+    peers = any(row[-1] for row in rows)
+    columns = "job", *(["peers"] if peers else []), "at least", "found", "ratio"
+    cells = [
+        (what, *([others] if peers else []), _time(least), _time(found), f"{found / least:.2f}")
+        for what, least, found, others in rows
+    ]
+    return harness.Table(columns, cells, text=2 if peers else 1)
 
 
 def _time(seconds: float) -> str:
@@ -49,9 +54,7 @@ def _selection(content: Mapping[str, Any]) -> Sequence[Row]:
             ]
             what = f"masks of {size // 1_000_000} M weights at {sparsity:.0%}"
             least = seconds["one read (max)"]
-            rows.append(
-                (what, "one read of the weights", least, seconds["prunax"], ", ".join(peers))
-            )
+            rows.append((what, least, seconds["prunax"], ", ".join(peers)))
     return rows
 
 
@@ -79,7 +82,7 @@ def _overhead(content: Mapping[str, Any]) -> Sequence[Row]:
             if name != "dense":
                 steps = names["steps"]
                 dense = names["seconds"]["dense"] / steps
-                rows.append((f"{kind}: {name}", "the dense step", dense, seconds / steps, ""))
+                rows.append((f"{kind}: {name}", dense, seconds / steps, ""))
     return rows
 
 
@@ -91,8 +94,7 @@ def _structured(content: Mapping[str, Any]) -> Sequence[Row]:
             share = r["flops"] / dense["flops"]
             for kind, batch in (("single", "one image"), ("batched", "a batch")):
                 what = f"{name} at {share:.0%} of its operations, {batch}"
-                limit = "the dense network's time, by operations"
-                rows.append((what, limit, share * dense[kind], r[kind], ""))
+                rows.append((what, share * dense[kind], r[kind], ""))
     return rows
 
 
@@ -103,9 +105,8 @@ def _packed(content: Mapping[str, Any]) -> Sequence[Row]:
             continue
         blocks = r["pattern"].startswith("Block")
         share = (1 - r["sparsity"]) * (1 if blocks else 1 + INDEX_BYTES / 4)
-        what = f"4096 x 4096 times one vector, {r['pattern']} at {r['sparsity']:.0%}"
-        limit = "the dense product's time, by bytes"
-        rows.append((what, limit, share * r["seconds"]["dense"], r["seconds"]["packed"], ""))
+        what = f"{r['pattern']} at {r['sparsity']:.0%}"
+        rows.append((what, share * r["seconds"]["dense"], r["seconds"]["packed"], ""))
     return rows
 
 
@@ -123,9 +124,7 @@ def _llm(content: Mapping[str, Any]) -> Sequence[Row]:
         work = {"Wanda": forward, "SparseGPT": forward + moments}.get(r["method"])
         if work and r["target"] in ("50%", "2:4"):
             least = work / (1e9 * max(r["gflops"]))
-            limit = "one pass over the tokens" + (", second moments" if work > forward else "")
-            what = f"SmolLM2-135M, {r['method']}, {r['target']}"
-            rows.append((what, limit, least, r["seconds"], ""))
+            rows.append((f"{r['method']}, {r['target']}", least, r["seconds"], ""))
     return rows
 
 

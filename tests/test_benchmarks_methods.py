@@ -262,10 +262,10 @@ def test_limits_count_bytes():
     packed = {"pattern": "NM(2, 4)", "shape": [4096, 4096], "sparsity": 0.5, "batch": 1}
     packed["seconds"] = {"dense": 2.0, "packed": 3.0}
     # Half of the weights, and an index as large as each: the bytes of the dense matrix.
-    ((_, _, least, found, _),) = limits.JOBS["packed"]({"results": [packed]})
+    ((_, least, found, _),) = limits.JOBS["packed"]({"results": [packed]})
     assert (least, found) == (2.0, 3.0)
     blocks = packed | {"pattern": "Block((64, 64))", "sparsity": 0.75}
-    ((_, _, least, _, _),) = limits.JOBS["packed"]({"results": [blocks]})
+    ((_, least, _, _),) = limits.JOBS["packed"]({"results": [blocks]})
     assert least == 0.5
 
 
