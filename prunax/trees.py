@@ -374,7 +374,7 @@ def check_params(function: str, params: PyTree, *, trained: bool = False) -> Non
             raise TypeError(f"{wanted}, got {kind} module, {name}. Pass its parameters: {mend}.")
     leaves = jax.tree.leaves(params)
     if any(leaf is params for leaf in leaves) and not is_array(params):
-        raise TypeError(f"{wanted}, got {params!r}. The params come first.")
+        raise TypeError(f"{wanted}, got {shown(params)}. The params come first.")
     arrays = [leaf for leaf in leaves if is_array(leaf)]
     if arrays and all(leaf.dtype == jnp.bool_ for leaf in arrays):
         raise TypeError(
@@ -386,6 +386,12 @@ def check_params(function: str, params: PyTree, *, trained: bool = False) -> Non
             f"{wanted}, but {odd[0][0]!r} is {odd[0][1]!r}. Pass the arrays alone: of an Equinox module "
             f"eqx.filter(module, eqx.is_inexact_array)."
         )
+
+
+def shown(value: Any) -> str:
+    """What an error says of a wrong argument: all of it, if that is a line."""
+    text = repr(value)
+    return text if len(text) <= 200 and "\n" not in text else f"an object of {type(value)}"
 
 
 def check_where(function: str, where: Any) -> None:

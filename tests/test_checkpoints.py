@@ -122,6 +122,40 @@ def test_a_folder_like_another(tmp_path, model):
         assert array.tobytes() == weights()[name].tobytes()
 
 
+def test_what_an_index_says_besides_is_kept(tmp_path, model):
+    file = model / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    index["metadata"] |= {"total_parameters": 1, "made_by": "us"}
+    file.write_text(json.dumps(index))
+    assert run("prune", model, tmp_path / "out", "--sparsity", "0.5") == 0
+    kept = json.loads((tmp_path / "out" / file.name).read_text())["metadata"]
+    numbers = sum(a.size for a in weights().values())
+    assert kept == index["metadata"] | {"total_parameters": numbers}
+
+
+def test_other_weights_stay_behind_and_are_named(tmp_path, model, capsys):
+    (model / "original").mkdir()
+    (model / "original" / "consolidated.00.pth").write_bytes(b"never read")
+    (model / "consolidated.safetensors").write_bytes(b"never read")
+    assert run("prune", model, tmp_path / "out", "--sparsity", "0.5") == 0
+    (line,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("left out"))
+    names = "consolidated.safetensors", "original/consolidated.00.pth", "pytorch_model.bin"
+    assert line.startswith(f"left out  {', '.join(names)}: other weights")
+    assert not any((tmp_path / "out" / name).exists() for name in names)
+
+
+def test_heads_and_routers_are_pointed_out(tmp_path, model, capsys):
+    assert run("prune", model, tmp_path / "out", "--sparsity", "0.5", "--dry-run") == 0
+    (line,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("note"))
+    assert "model.layers.0.mlp.router.weight chooses experts" in line
+    glob = line.split("'")[1]
+    assert run("prune", model, tmp_path / "out", "--sparsity", "0.5", "--exclude", glob) == 0
+    assert "chooses experts" not in capsys.readouterr().out
+    with export.open_checkpoint(tmp_path / "out") as checkpoint:
+        router = checkpoint.read("model.layers.0.mlp.router.weight")
+    assert (router == weights()["model.layers.0.mlp.router.weight"]).all()
+
+
 def test_shards_of_a_given_size(tmp_path):
     arrays = {f"{i}.weight": jnp.full((8, 8), i, jnp.float32) for i in range(5)}
     export.save_checkpoint(tmp_path / "out", arrays, shard_size=600)

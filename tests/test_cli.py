@@ -198,7 +198,7 @@ def test_prune_says_what_it_does(file, tmp_path, capsys):
         "keeps 2 of every 4 weights in a row along the input axis, axis 1 of weights stored as (out, in)"
         in said
     )
-    assert "since all names end in 'weight'" in said and "GPT-2" in said
+    assert "since all names end in 'weight'" in said
     assert "3 of 7 tensors, 320 of 741 numbers" in said and "embeddings stay" in said
     assert "kept      160 of 320 weights: sparsity 50.0000%" in said
     run("prune", file, tmp_path / "o2.safetensors", "--sparsity", "0.5")
@@ -295,6 +295,58 @@ def test_layout_by_names(names, layout):
     else:
         assert _options.find_layout("auto", tensors).name == layout
     assert _options.find_layout("in-out", tensors).inputs == -2
+
+
+def test_the_other_way_of_gpt2_is_seen(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    shapes = {"attn.c_attn": (8, 24), "attn.c_proj": (8, 8), "mlp.c_fc": (8, 32)}
+    arrays = {f"h.0.{n}.weight": rng.normal(size=s).astype("f4") for n, s in shapes.items()}
+    safetensors.numpy.save_file(arrays, tmp_path / "gpt2.safetensors")
+    out = tmp_path / "out.safetensors"
+    assert run("prune", tmp_path / "gpt2.safetensors", out, "--pattern", "2:4") == 0
+    assert "axis -2 of weights stored as (in, out), since 'h.0.attn.c_attn.weight'" in (
+        capsys.readouterr().out
+    )
+    for name, array in safetensors.numpy.load_file(out).items():
+        export.verify_pattern({name: array != 0}, prunax.patterns.NM(2, 4, axis=0))
+    assert run("inspect", out, "--pattern", "2:4") == 0
+    # As torch's Linear would have it, it is no Conv1D.
+    turned = {name: np.ascontiguousarray(array.T) for name, array in arrays.items()}
+    safetensors.numpy.save_file(turned, tmp_path / "linear.safetensors")
+    assert (
+        run("prune", tmp_path / "linear.safetensors", out, "--pattern", "2:4", "--overwrite") == 0
+    )
+    assert "stored as (out, in)" in capsys.readouterr().out
+    # One that does not widen says nothing.
+    options = "--pattern", "2:4", "--overwrite", "--where", "h.0.attn.c_proj.weight"
+    assert run("prune", tmp_path / "gpt2.safetensors", out, *options) == 2
+    assert "Say which: --layout in-out" in capsys.readouterr().err
+    # Beside a layer of torch's it depends on which is meant.
+    mixed = arrays | {"lm_head.weight": rng.normal(size=(40, 8)).astype("f4")}
+    safetensors.numpy.save_file(mixed, tmp_path / "mixed.safetensors")
+    assert run("prune", tmp_path / "mixed.safetensors", tmp_path / "no", "--pattern", "2:4") == 2
+    assert "'lm_head.weight' may lie the other way" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
+        (b'{"model_type": "llama", "vocab_size": 8}', "is not a safetensors file"),
+        ((1000).to_bytes(8, "little") + b"{}", "header should have 1000 bytes, the file has 2"),
+    ],
+)
+def test_what_is_no_safetensors_file_is_called_so(tmp_path, capsys, content, message):
+    (tmp_path / "model.safetensors").write_bytes(content)
+    assert run("inspect", tmp_path / "model.safetensors") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_folder_of_something_else(tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("")
+    assert run("inspect", tmp_path) == 2
+    assert "holds no checkpoint: neither model.safetensors" in capsys.readouterr().err
 
 
 def test_convolutions_of_pytorch_are_grouped_along_their_inputs(tmp_path):

@@ -156,7 +156,7 @@ def test_hostile_header(tmp_path, case):
     [
         (b"", "0 bytes"),
         (b"1234567", "7 bytes"),
-        ((2**63).to_bytes(8, "little") + b"{}", "should have"),
+        ((2**63).to_bytes(8, "little") + b"{}", "is not a safetensors file"),
         ((10).to_bytes(8, "little") + b"{}", "should have 10 bytes, the file has 2"),
     ],
 )

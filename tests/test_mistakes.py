@@ -15,6 +15,7 @@ import prunax
 PARAMS = {"d": {"kernel": jnp.arange(1.0, 65.0).reshape(8, 8), "bias": jnp.ones(8)}}
 MASKS = prunax.compute_masks(PARAMS, 0.5)
 SGD = optax.sgd(0.1)
+X = jnp.ones((3, 4))
 
 
 def one_argument(path):
@@ -51,6 +52,26 @@ TYPES = {
     "Equinox module trained": (
         lambda: prunax.prune(SGD, 0.5).init(equinox_module()),
         "prune: .*'activation' is .*eqx.filter(module",
+    ),
+    "NNX module as function": (
+        lambda: prunax.calibration.wanda(module(), PARAMS, [X], 0.5),
+        "an NNX module, Linear, which .*nnx.split(",
+    ),
+    "NNX module and no params": (
+        lambda: prunax.structured.prune_channels(module(), X, sparsity=0.5),
+        "an NNX module, Linear, which .*nnx.split(",
+    ),
+    "Equinox module as function": (
+        lambda: prunax.structured.axis_groups(equinox_module(), PARAMS, X),
+        "an Equinox module, MLP, which .*with the model as its params",
+    ),
+    "a state of another optimizer": (
+        lambda: prunax.prune(SGD, 0.5).update(PARAMS, SGD.init(PARAMS), PARAMS),
+        "prune: the state is a tuple that .*tx.init(params)",
+    ),
+    "an object of many lines": (
+        lambda: prunax.prune(nnx.Optimizer(module(), SGD, wrt=nnx.Param), 0.5),
+        "got an object of .*Optimizer.*The optimizer comes first",
     ),
     "swapped": (masks_of(0.5, PARAMS), "compute_masks: .*got 0.5. The params come first"),
     "swapped masks": (lambda: prunax.apply_masks(MASKS, PARAMS), "apply_masks(params, masks)"),
@@ -103,3 +124,14 @@ def test_wrong_values_are_named_with_the_mend(mistake):
     call, text = VALUES[mistake]
     with pytest.raises(ValueError, match=matching(text)):
         call()
+
+
+def test_params_that_are_none_are_said():
+    with pytest.warns(UserWarning, match=r"prune: nothing will be pruned.*empty State.*nnx\.Param"):
+        nnx.Optimizer(module(), prunax.prune(SGD, 0.5), wrt=nnx.LoRAParam)
+
+
+def test_a_compiled_equinox_function_is_a_function():
+    fn = eqx.filter_jit(lambda model, x: jax.vmap(model)(x))
+    groups = prunax.structured.axis_groups(fn, equinox_module(), X)
+    assert any(group.size == 8 and not group.frozen for group in groups)

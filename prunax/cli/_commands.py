@@ -16,8 +16,8 @@ from prunax._atomic import write_text
 from prunax.cli import _inspection, _options
 from prunax.cli._options import Choice, UsageError
 from prunax.cli._output import printable, progress, say
-from prunax.export._checkpoints import OTHERS, Checkpoint, in_order, texts
-from prunax.export._saving import FILES, belongings, check_replaceable, open_writer
+from prunax.export._checkpoints import OTHERS, Checkpoint, Folder, in_order, texts
+from prunax.export._saving import FILES, belongings, check_replaceable, left_out, open_writer
 from prunax.reports._tables import Table
 
 __all__: list[str] = []
@@ -116,6 +116,10 @@ def prune(args: argparse.Namespace, source: Checkpoint, out: Console, err: Conso
         f"{len(choice.tensors)} of {len(source.tensors)} tensors, {weights:,} of {total:,} numbers"
     )
     say(out, f"chosen    {number}: {choice.rule}")
+    for what, names in _options.delicate(choice.tensors).items():
+        first, more = printable(names[0]), f" and {len(names) - 1} more" if names[1:] else ""
+        glob = "*" + "/".join(names[0].replace(".", "/").split("/")[-2:])
+        say(out, f"note      {first}{more} {what}, and is often left whole: --exclude '{glob}'")
     if args.dry_run:
         for t in choice.tensors:
             say(out, f"  {printable(t.name)}  {' x '.join(map(str, t.shape))}")
@@ -210,6 +214,13 @@ def _written(args: argparse.Namespace, source: Checkpoint, out: Console) -> int:
         more = f" and {len(rest) - 3} more" if len(rest) > 3 else ""
         names = ", ".join(printable(str(file)) for file in rest[:3])
         say(out, f"apart     {names}{more}: a file holds tensors, and no more")
+    others = left_out(source) if isinstance(source, Folder) else []
+    if others:
+        names = ", ".join(printable(str(file)) for file in others)
+        say(
+            out,
+            f"left out  {names}: other weights than the checkpoint's, which stay where they are",
+        )
     files = args.out.rglob("*") if args.out.is_dir() else [args.out]
     size = sum(f.stat().st_size for f in files if f.is_file())
     ratio = size / max(source.nbytes, 1)

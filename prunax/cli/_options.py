@@ -85,6 +85,10 @@ def pattern(text: str) -> Make:
     return lambda layout: patterns.Unstructured()
 
 
+_CONV1D = ("c_attn/", "c_proj/", "c_fc/", "q_attn/")
+"""Folders of GPT-2's Conv1D, whose weights lie the other way round."""
+
+
 def choose(tensors: Sequence[Tensor], args: argparse.Namespace) -> Choice:
     """Choose the tensors to prune.
 
@@ -141,6 +145,18 @@ def choose(tensors: Sequence[Tensor], args: argparse.Namespace) -> Choice:
     return Choice([t for t in tensors if t.name not in whole], whole, rule)
 
 
+def delicate(tensors: Sequence[Tensor]) -> dict[str, list[str]]:
+    """Say which of the chosen tensors cost more than others of their size, by what they do."""
+    folders = {t.name: t.path.split("/")[-2] if "/" in t.path else "" for t in tensors}
+    experts = any("experts" in t.path for t in tensors)
+    routers = ("router", "gate") if experts else ("router",)
+    found = {
+        "makes the logits": [n for n, f in folders.items() if f in ("lm_head", "embed_out")],
+        "chooses experts": [n for n, f in folders.items() if f in routers],
+    }
+    return {what: names for what, names in found.items() if names}
+
+
 def find_layout(asked: str, tensors: Sequence[Tensor]) -> Layout:
     """Take the layout that was asked for, or the one that the names tell of.
 
@@ -150,18 +166,39 @@ def find_layout(asked: str, tensors: Sequence[Tensor]) -> Layout:
     if asked != "auto":
         return Layout(asked, "as asked by --layout")
     last = {t.path.rsplit("/", 1)[-1] for t in tensors}
+    if any("c_proj/" in t.path or "c_fc/" in t.path for t in tensors):
+        return _of_gpt2(tensors)
     if last <= {"kernel"}:
         return Layout("in-out", "since all names end in 'kernel', as in Flax")
     if last <= {"weight"}:
         return Layout(
             "out-in",
-            "since all names end in 'weight', as in PyTorch and Hugging Face (GPT-2's Conv1D is the other way: "
-            "--layout in-out)",
+            "since all names end in 'weight', as in PyTorch and Hugging Face",
         )
     raise UsageError(
         f"the names ({', '.join(sorted(last)[:5])}) do not tell whether weights are stored as (in, out) or (out, in), "
         f"and the pattern depends on it. Say which: --layout in-out or --layout out-in."
     )
+
+
+def _of_gpt2(tensors: Sequence[Tensor]) -> Layout:
+    """GPT-2 stores (in, out), others that took its names do not: layers that widen tell which."""
+    wide = [t for t in tensors if t.path.endswith(("c_attn/weight", "c_fc/weight"))]
+    wide = [t for t in wide if len(t.shape) == 2 and t.shape[0] != t.shape[1]]
+    if not wide:
+        raise UsageError(
+            f"{tensors[0].name!r} is stored as (in, out) in GPT-2 and as (out, in) in others that took its names. Say "
+            f"which: --layout in-out or --layout out-in."
+        )
+    if wide[0].shape[0] > wide[0].shape[1]:
+        return Layout("out-in", f"since {wide[0].name!r} has more rows than columns")
+    others = [t for t in tensors if not any(folder in t.path for folder in _CONV1D)]
+    if others:
+        raise UsageError(
+            f"{wide[0].name!r} is stored as (in, out), as GPT-2's Conv1D, and {others[0].name!r} may lie the other "
+            f"way. Prune them one after the other: --select names tensors, --layout how they are stored."
+        )
+    return Layout("in-out", f"since {wide[0].name!r} is wide, as GPT-2's Conv1D")
 
 
 def fit(

@@ -201,8 +201,10 @@ class Folder(Safetensors):
 
     def __init__(self, path: Path, weights: str) -> None:
         index: dict[str, Any] | None = None
+        self.about: dict[str, Any] = {}
         if weights.endswith(INDEX):
             index = _read_index(path / weights)
+            self.about = index.get("metadata", {})
             files = dict.fromkeys(index["weight_map"].values())
         else:
             files = {weights: None}
@@ -242,19 +244,22 @@ class Folder(Safetensors):
         named = index["weight_map"]
         for name, shard in named.items():
             if self.shards.get(name) != shard:
-                raise FormatError(f"{file} says that {name!r} is in {shard!r}, where it is not.")
+                raise FormatError(
+                    f"{file} says that {name!r} is in {shard!r}, where it is not. Download both again, or mend the "
+                    f"index."
+                )
         extra = [name for name in self.tensors if name not in named]
         if extra:
             raise FormatError(
-                f"{file} does not name {extra[0]!r}, which is in {self.shards[extra[0]]!r}."
+                f"{file} does not name {extra[0]!r}, which is in {self.shards[extra[0]]!r}. Download both again, or "
+                f"mend the index."
             )
-        claimed = index.get("metadata", {}).get("total_size")
+        claimed = self.about.get("total_size")
         held = sum(r.reader.entries[n].nbytes for n, r in self._readers.items())
         if claimed is not None and claimed != held:
             raise FormatError(
-                f"{file} claims {claimed!r} bytes of tensors, and the shards hold {held}. Download the "
-                f"checkpoint again, "
-                f"or correct total_size."
+                f"{file} claims {claimed!r} bytes of tensors, and the shards hold {held}. Download the checkpoint "
+                f"again, or correct total_size."
             )
 
 
@@ -350,6 +355,10 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     others = [f.name for f in sorted(path.iterdir()) if f.suffix in OTHERS]
     if others:
         raise _other(path / others[0], Path(others[0]).suffix)
+    if not any(path.glob("_*")) and not any(path.glob("*/_*")) and not any(path.glob("*/*/_*")):
+        raise FormatError(
+            f"{path} holds no checkpoint: neither model.safetensors, nor an index to shards, nor what Orbax writes."
+        )
     return Orbax(path)
 
 

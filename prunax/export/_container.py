@@ -28,6 +28,7 @@ __all__ = ["Entry", "FormatError", "Reader", "Writer"]
 
 # The reference reader takes headers of 100 MB. A hundred thousand tensors need about 10.
 MAX_HEADER = 16 << 20
+_POINTER = b"version https://git-lfs"
 MAX_NDIM = 64  # NumPy's
 CHUNK = 1 << 20
 DIGEST = "prunax.sha256"
@@ -130,9 +131,20 @@ class Reader:
         size = os.fstat(self._file.fileno()).st_size
         if size < 8:
             raise self._fail(f"it has {size} bytes, and the header's length takes 8")
-        length = int.from_bytes(self._file.read(8), "little")
+        start = self._file.read(8)
+        if start == _POINTER[:8]:
+            raise FormatError(
+                f"{self.path} is a pointer of Git LFS, not the file that it points to. Fetch that: git lfs pull."
+            )
+        length = int.from_bytes(start, "little")
+        if length > max(size, MAX_HEADER):
+            raise FormatError(
+                f"{self.path} is not a safetensors file: such a file begins with the length of its header."
+            )
         if length > size - 8:
-            raise self._fail(f"the header should have {length} bytes, the file has {size - 8} more")
+            raise self._fail(
+                f"the header should have {length} bytes, the file has {size - 8} after its length"
+            )
         if length > MAX_HEADER:
             raise self._fail(f"the header has {length} bytes, more than {MAX_HEADER}")
         raw = self._file.read(length)

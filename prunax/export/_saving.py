@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -114,6 +115,7 @@ class FolderWriter:
         self._shards: dict[str | int, _Shard] = {}
         self._last = 0
         self._place_of: dict[str, str | int] = {}
+        self._numbers = 0
 
     def __enter__(self) -> "FolderWriter":
         return self
@@ -148,6 +150,7 @@ class FolderWriter:
             raise ValueError(f"save_checkpoint: {name!r} comes twice.")
         key = self._key(name, entry)
         self._place_of[name] = key
+        self._numbers += math.prod(entry.shape)
         with _atomic.naming(self.path):
             self._shards[key].writer.add(name, entry.dtype, entry.shape, data)
 
@@ -196,7 +199,10 @@ class FolderWriter:
             os.rename(shard.writer.path, self._place.temporary / names[key])
         if len(keys) > 1:
             where = {name: names[key] for name, key in sorted(self._place_of.items())}
-            index = {"metadata": {"total_size": total}, "weight_map": where}
+            about = dict(self._like.about) if isinstance(self._like, Folder) else {}
+            if "total_parameters" in about:
+                about["total_parameters"] = self._numbers
+            index = {"metadata": about | {"total_size": total}, "weight_map": where}
             _write_json(self._place.temporary / f"{self._stem}{INDEX}", index)
         if isinstance(self._like, Folder):
             _take_along(self._like.path, self._place.temporary)
@@ -314,6 +320,18 @@ def belongings(folder: Path) -> list[Path]:
         for file in files
         if not any(part.startswith(".") for part in file.parts)
         and not file.name.endswith((WEIGHTS, INDEX, ".bin.index.json", *OTHERS))
+    ]
+
+
+def left_out(source: Folder) -> list[Path]:
+    """Weights that lie in a folder and are not the checkpoint's: they would be those of another network."""
+    files = [file.relative_to(source.path) for file in sorted(source.path.rglob("*"))]
+    return [
+        file
+        for file in files
+        if str(file).endswith((WEIGHTS, *OTHERS))
+        and not any(part.startswith(".") for part in file.parts)
+        and str(file) not in source.shards.values()
     ]
 
 

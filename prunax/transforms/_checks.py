@@ -106,6 +106,12 @@ def warn_of_nothing(name: str, model: PyTree, chosen: trees.Selection, at_rest: 
     """
     arrays = [(path, leaf) for path, leaf in trees.named_leaves(model) if trees.is_array(leaf)]
     nodes = jax.tree.leaves(model, is_leaf=_is_hole)
+    if not nodes:
+        warnings.warn(
+            f"{name}: nothing will be pruned, since the params are an empty {type(model).__name__}. Pass all params, "
+            f"or as wrt= of nnx.Optimizer what the model has: nnx.Param.",
+            stacklevel=4,
+        )
     if chosen.indices or not arrays or any(isinstance(n, optax.MaskedNode) for n in nodes):
         return
 

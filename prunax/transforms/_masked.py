@@ -83,7 +83,7 @@ def train_masked(
     """
     if not (hasattr(inner, "init") and hasattr(inner, "update")):
         raise TypeError(
-            f"{name}: inner must be an optax transformation, got {inner!r}. "
+            f"{name}: inner must be an optax transformation, got {trees.shown(inner)}. "
             f"The optimizer comes first: {name}(optax.adam(1e-3), ...)."
         )
     inner = optax.with_extra_args_support(inner)
@@ -131,6 +131,11 @@ def train_masked(
             raise ValueError(
                 f"{name}: You are using a transformation that requires the current value of parameters, but you are "
                 f"not passing `params` when calling `update`. Call tx.update(grads, state, params)."
+            )
+        if not (hasattr(state, "masks") and hasattr(state, "inner_state")):
+            raise TypeError(
+                f"{name}: the state is a {type(state).__name__} that another optimizer made. Begin with that of "
+                f"this one: state = tx.init(params), or a new nnx.Optimizer."
             )
         # Leaves without gradients are left out of all that follows, as if they were not there.
         trained = _Trained(name, _inner.model_of(params), updates)
