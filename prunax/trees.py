@@ -350,11 +350,11 @@ def _parts(path: tuple[Any, ...]) -> tuple[str, ...]:
 def _is_box(node: Any) -> bool:
     """Say whether a node is what Flax puts around an array."""
     return isinstance(
-        node, (_loaded("flax.nnx", "Variable"), _loaded("flax.core.meta", "AxisMetadata"))
+        node, (loaded("flax.nnx", "Variable"), loaded("flax.core.meta", "AxisMetadata"))
     )
 
 
-def _loaded(module: str, name: str) -> Any:
+def loaded(module: str, name: str) -> Any:
     """A class of a package that need not be there: no class, where the package is not imported."""
     return getattr(sys.modules.get(module), name, ())
 
@@ -369,7 +369,7 @@ def check_params(function: str, params: PyTree, *, trained: bool = False) -> Non
         ("a Linen", "flax.linen", 'module.init(key, x)["params"]'),
         ("an NNX", "flax.nnx", "nnx.state(module, nnx.Param)"),
     ):
-        if isinstance(params, _loaded(module, "Module")):
+        if isinstance(params, loaded(module, "Module")):
             name = type(params).__name__
             raise TypeError(f"{wanted}, got {kind} module, {name}. Pass its parameters: {mend}.")
     leaves = jax.tree.leaves(params)

@@ -107,7 +107,7 @@ def warn_of_nothing(name: str, model: PyTree, chosen: trees.Selection, at_rest: 
     arrays = [(path, leaf) for path, leaf in trees.named_leaves(model) if trees.is_array(leaf)]
     nodes = jax.tree.leaves(model, is_leaf=_is_hole)
     # A part of a model may be an empty dict; nobody asks NNX for an empty state.
-    if not nodes and not isinstance(model, dict | list | tuple | None):
+    if not nodes and isinstance(model, trees.loaded("flax.nnx", "State")):
         warnings.warn(
             f"{name}: nothing will be pruned, since the params are an empty {type(model).__name__}. Pass all params, "
             f"or as wrt= of nnx.Optimizer what the model has: nnx.Param.",
