@@ -105,7 +105,9 @@ def check_function(fn: Callable[..., Any]) -> None:
         ("an Equinox", "equinox", "fn = lambda model, x: model(x), with the model as its params"),
     ):
         # What Equinox makes of a function, `eqx.filter_jit(fn)`, is a module of no arrays.
-        if isinstance(fn, trees.loaded(module, "Module")) and any(map(trees.is_array, jax.tree.leaves(fn))):
+        if isinstance(fn, trees.loaded(module, "Module")) and any(
+            map(trees.is_array, jax.tree.leaves(fn))
+        ):
             raise TypeError(
                 f"fn must be a function of params and inputs, got {kind} module, {type(fn).__name__}, which holds its "
                 f"own params. Pass both apart: {mend}."
