@@ -215,8 +215,8 @@ def test_accuracy(network: str, params: PyTree, data: loop.Data) -> jax.Array:
 def scaled(params: PyTree, sparsity: float) -> PyTree:
     """Weights of all seeds divided by the root of their layer's density, so that signals keep their size.
 
-    Without it, and with gradients that are not clipped, SGD leaves some seeds of LeNet-5 at one class, whichever way
-    connections grow: three of five at 98% (Evci et al., Gradient Flow in Sparse Neural Networks, 2022).
+    Without it, and with gradients that are not clipped, SGD leaves some seeds of LeNet-5 at one class at 98%, whichever
+    way connections grow (Evci et al., Gradient Flow in Sparse Neural Networks, 2022, arXiv:2010.03533).
     """
     one = jax.tree.map(lambda leaf: leaf[0], params)
     masks = prunax.compute_masks(one, sparsity, allocation=allocation.erdos_renyi)
