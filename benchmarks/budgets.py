@@ -275,7 +275,13 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--quick", action="store_true", help="digits, one seed, few generations")
     add("--datasets", nargs="+", default=["digits", "fashion_mnist"], metavar="NAME")
-    add("--networks", nargs="+", default=["mlp", "lenet5"], choices=models.MODELS, metavar="NAME")
+    add(
+        "--networks",
+        nargs="+",
+        default=["mlp", "lenet5"],
+        choices=["mlp", "lenet5", "cnn"],
+        metavar="NAME",
+    )
     add("--seeds", type=int, default=3, help="how many (3)")
     add("--sparsity", type=float, default=0.95, help="of all kernels together (0.95)")
     add("--max-increase", type=float, default=0.01, help="limit on the loss above dense (0.01)")

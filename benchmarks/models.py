@@ -1,7 +1,6 @@
 """Small Flax Linen image classifiers.
 
-A model is a function of images `(n, height, width, channels)` to logits `(n, classes)`, for images of any size. Those
-in `MODELS` have no batch statistics: parameters are all they have.
+A model is a function of images `(n, height, width, channels)` to logits `(n, classes)`, for images of any size.
 """
 
 import functools

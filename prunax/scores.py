@@ -33,7 +33,7 @@ __all__ = [
 PyTree = Any
 
 _SWEEPS = 4
-"""Over all axes, of power iterations: more changes no score that would matter."""
+"""Of power iterations, over both sides: more change no score that would matter."""
 
 Score = Callable[..., Any]
 """A score: ``score(params, grads)`` gives a tree of the params' structure, larger = keep."""
@@ -95,16 +95,17 @@ def deflated_gradient(params: PyTree, grads: PyTree) -> PyTree:
 
     Where inputs do not have mean zero, images in [0, 1] or what a ReLU lets through, the first term is most of it. It
     says which inputs and which units are large, not which belong together, and the unit's bias learns it anyway. It has
-    rank one, and is taken out as such: the nearest ``u v^T`` (for kernels of n axes the nearest product of n vectors),
-    found by power iterations in float32. Whichever axes inputs and outputs lie on, the score is the same.
+    rank one, and is taken out as such: the nearest ``u v^T``, found by power iterations in float32. A leaf of more axes
+    is the matrix of its last axis and all others, ``(height, width, in, out)``, or of its first and all others, ``(out,
+    in, height, width)`` and ``(in, heads, width)``, whichever is nearer to a square. For layers in one leaf it is one
+    part for all of them, inside `jax.shard_map` one of each shard.
 
     Args:
         params: Pytree of arrays, any shapes.
         grads: Gradients of the loss, the params' structure and shapes.
 
     Returns:
-        Scores of the params' structure and shapes, float32 or wider. Where no two axes are longer than 1 they are
-        ``|g|``.
+        Scores of the params' structure and shapes, float32 or wider; those of vectors are ``|g|``.
 
     Raises:
         ValueError: If grads is missing or its structure is not that of the params.
@@ -121,34 +122,34 @@ def deflated_gradient(params: PyTree, grads: PyTree) -> PyTree:
         0
 
     References:
-        De Lathauwer et al., On the best rank-1 and rank-(R1, ..., RN) approximation of higher-order tensors, 2000,
-        algorithm 3.2 (the higher-order power method).
+        Golub and Van Loan, Matrix Computations, 2013, section 8.2 (power iterations, deflation).
     """
     return _score("deflated_gradient", lambda w, g: _deflated(g), params, grads, wide=True)
 
 
 def _deflated(g: jax.Array) -> jax.Array:
     """|g| less its leading rank-one part. Products and sums only: they keep any sharding."""
-    if sum(n > 1 for n in g.shape) < 2:  # a vector is of rank one
+    cuts = {k: min(math.prod(g.shape[:k]), math.prod(g.shape[k:])) for k in (g.ndim - 1, 1)}
+    cut = max(cuts, key=lambda k: cuts[k])
+    if g.ndim < 2 or cuts[cut] < 2:  # a vector is of rank one
         return jnp.abs(g)
+    first, second = tuple(range(cut)), tuple(range(cut, g.ndim))
     scale = jnp.max(jnp.abs(g))
     unit = g / jnp.where(scale > 0, scale, 1).astype(g.dtype)
-    axes = range(g.ndim)
 
-    def along(axis: int, x: jax.Array) -> jax.Array:
-        """The direction that is left when all other axes are summed over."""
-        total = x.sum([a for a in axes if a != axis], keepdims=True)
+    def direction(x: jax.Array, over: tuple[int, ...]) -> jax.Array:
+        total = x.sum(over, keepdims=True)
         norm = jnp.sqrt(jnp.sum(jnp.abs(total) ** 2))
         return total / jnp.where(norm > 0, norm, 1).astype(g.dtype)
 
-    # Signed squares: what a softmax sends back adds up to zero over the units.
-    vectors = [along(axis, unit * jnp.abs(unit).astype(g.dtype)) for axis in axes]
+    # Signed squares, and a bit of no symmetry: what a softmax sends back adds up to zero.
+    v = direction(unit * jnp.abs(unit).astype(g.dtype), first)
+    v += jnp.cos(jnp.arange(v.size, dtype=jnp.float32)).reshape(v.shape).astype(g.dtype) / 100
     for _ in range(_SWEEPS):
-        for axis in axes:
-            others = (jnp.conj(v) for a, v in enumerate(vectors) if a != axis)
-            vectors[axis] = along(axis, math.prod(others, start=unit))
-    length = jnp.sum(math.prod(map(jnp.conj, vectors), start=unit))
-    return scale * jnp.abs(unit - math.prod(vectors, start=length))
+        u = direction(unit * jnp.conj(v), second)
+        v = direction(unit * jnp.conj(u), first)
+    u = jnp.sum(unit * jnp.conj(v), second, keepdims=True)
+    return scale * jnp.abs(unit - u * v)
 
 
 def saliency(params: PyTree, grads: PyTree) -> PyTree:

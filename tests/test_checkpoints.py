@@ -140,7 +140,7 @@ def test_other_weights_stay_behind_and_are_named(tmp_path, model, capsys):
     assert run("prune", model, tmp_path / "out", "--sparsity", "0.5") == 0
     (line,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("left out"))
     names = "consolidated.safetensors", "original/consolidated.00.pth", "pytorch_model.bin"
-    assert line.startswith(f"left out  {', '.join(names)}: other weights")
+    assert line.startswith(f"left out  {', '.join(names)}: states and weights")
     assert not any((tmp_path / "out" / name).exists() for name in names)
 
 
@@ -148,6 +148,7 @@ def test_heads_and_routers_are_pointed_out(tmp_path, model, capsys):
     assert run("prune", model, tmp_path / "out", "--sparsity", "0.5", "--dry-run") == 0
     (line,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("note"))
     assert "model.layers.0.mlp.router.weight chooses experts" in line
+    assert "lm_head" not in line  # it is the table of embeddings
     glob = line.split("'")[1]
     assert run("prune", model, tmp_path / "out", "--sparsity", "0.5", "--exclude", glob) == 0
     assert "chooses experts" not in capsys.readouterr().out

@@ -304,7 +304,7 @@ def test_the_other_way_of_gpt2_is_seen(tmp_path, capsys):
     safetensors.numpy.save_file(arrays, tmp_path / "gpt2.safetensors")
     out = tmp_path / "out.safetensors"
     assert run("prune", tmp_path / "gpt2.safetensors", out, "--pattern", "2:4") == 0
-    assert "axis -2 of weights stored as (in, out), since 'h.0.attn.c_attn.weight'" in (
+    assert "axis -2 of weights stored as (in, out), since layers that widen" in (
         capsys.readouterr().out
     )
     for name, array in safetensors.numpy.load_file(out).items():
@@ -317,9 +317,18 @@ def test_the_other_way_of_gpt2_is_seen(tmp_path, capsys):
         run("prune", tmp_path / "linear.safetensors", out, "--pattern", "2:4", "--overwrite") == 0
     )
     assert "stored as (out, in)" in capsys.readouterr().out
-    # One that does not widen says nothing.
+    # Those that are not chosen tell, too; without them nothing does.
     options = "--pattern", "2:4", "--overwrite", "--where", "h.0.attn.c_proj.weight"
-    assert run("prune", tmp_path / "gpt2.safetensors", out, *options) == 2
+    assert run("prune", tmp_path / "gpt2.safetensors", out, *options) == 0
+    assert "stored as (in, out)" in capsys.readouterr().out
+    square = {"h.0.attn.c_proj.weight": arrays["h.0.attn.c_proj.weight"]}
+    safetensors.numpy.save_file(square, tmp_path / "square.safetensors")
+    assert run("prune", tmp_path / "square.safetensors", out, *options) == 2
+    assert "Say which: --layout in-out" in capsys.readouterr().err
+    # Two towers that tell different things.
+    both = arrays | {f"vision.{name}": array for name, array in turned.items()}
+    safetensors.numpy.save_file(both, tmp_path / "both.safetensors")
+    assert run("prune", tmp_path / "both.safetensors", out, "--pattern", "2:4", "--overwrite") == 2
     assert "Say which: --layout in-out" in capsys.readouterr().err
     # Beside a layer of torch's it depends on which is meant.
     mixed = arrays | {"lm_head.weight": rng.normal(size=(40, 8)).astype("f4")}

@@ -67,7 +67,7 @@ TYPES = {
     ),
     "a state of another optimizer": (
         lambda: prunax.prune(SGD, 0.5).update(PARAMS, SGD.init(PARAMS), PARAMS),
-        "prune: the state is a tuple that .*tx.init(params)",
+        "prune: the state is a tuple, which `init` of this one does not give. .*tx.init(params)",
     ),
     "an object of many lines": (
         lambda: prunax.prune(nnx.Optimizer(module(), SGD, wrt=nnx.Param), 0.5),
@@ -135,3 +135,15 @@ def test_a_compiled_equinox_function_is_a_function():
     fn = eqx.filter_jit(lambda model, x: jax.vmap(model)(x))
     groups = prunax.structured.axis_groups(fn, equinox_module(), X)
     assert any(group.size == 8 and not group.frozen for group in groups)
+
+
+def test_a_bound_method_is_a_function():
+    class Scaled(eqx.Module):
+        scale: jax.Array
+
+        def apply(self, params, x):
+            return self.scale * (jnp.tanh(x @ params["a"]) @ params["b"])
+
+    params = {"a": jnp.ones((4, 8)), "b": jnp.ones((8, 2))}
+    small = prunax.structured.prune_channels(Scaled(jnp.ones(())).apply, params, X, sparsity=0.5)
+    assert small.params["a"].shape == (4, 4)

@@ -3,6 +3,7 @@
 A `ClosedJaxpr` holds a `Jaxpr` and its constants. In later releases (0.12) one type is both, by either name.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
@@ -104,10 +105,9 @@ def check_function(fn: Callable[..., Any]) -> None:
         ),
         ("an Equinox", "equinox", "fn = lambda model, x: model(x), with the model as its params"),
     ):
-        # What Equinox makes of a function, `eqx.filter_jit(fn)`, is a module of no arrays.
-        if isinstance(fn, trees.loaded(module, "Module")) and any(
-            map(trees.is_array, jax.tree.leaves(fn))
-        ):
+        # What Equinox makes of a function, `eqx.filter_jit(fn)` or `eqx.Partial(fn)`, is a module too.
+        made = re.match(r"equinox\.(?!nn\.)", type(fn).__module__)
+        if isinstance(fn, trees.loaded(module, "Module")) and not made:
             raise TypeError(
                 f"fn must be a function of params and inputs, got {kind} module, {type(fn).__name__}, which holds its "
                 f"own params. Pass both apart: {mend}."

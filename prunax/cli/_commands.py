@@ -98,18 +98,17 @@ def prune(args: argparse.Namespace, source: Checkpoint, out: Console, err: Conso
     from prunax.cli import _pruning
 
     _refuse_masks(source)
-    choice = _options.choose(list(source.tensors.values()), args)
+    everything = list(source.tensors.values())
+    choice = _options.choose(everything, args)
     _list_whole(out, choice, everything=args.dry_run)
     if not choice.tensors:
         raise UsageError("no tensor is chosen. Name some with --select 'GLOB'.")
-    pattern, layout = _options.fit(_options.pattern(args.pattern), args.layout, choice.tensors)
+    make = _options.pattern(args.pattern)
+    pattern, layout = _options.fit(make, args.layout, choice.tensors, everything)
     allocation = _options.allocation(args.allocation)
     request = _pruning.Request(choice.tensors, pattern, args.sparsity, allocation)
     masks = _pruning.Masks(source, request)
-    weights, total = (
-        sum(t.size for t in choice.tensors),
-        sum(t.size for t in source.tensors.values()),
-    )
+    weights, total = (sum(t.size for t in some) for some in (choice.tensors, everything))
     what = _options.describe(pattern, layout, args.sparsity)
     say(out, f"prunes    {what}; allocation: {args.allocation}")
     number = (
@@ -119,6 +118,7 @@ def prune(args: argparse.Namespace, source: Checkpoint, out: Console, err: Conso
     for what, names in _options.delicate(choice.tensors).items():
         first, more = printable(names[0]), f" and {len(names) - 1} more" if names[1:] else ""
         glob = "*" + "/".join(names[0].replace(".", "/").split("/")[-2:])
+        glob = printable(glob)
         say(out, f"note      {first}{more} {what}, and is often left whole: --exclude '{glob}'")
     if args.dry_run:
         for t in choice.tensors:
@@ -177,7 +177,8 @@ def diff(
 def _follow(args: argparse.Namespace, source: Checkpoint, choice: Choice, err: Console) -> int:
     if not choice.tensors:
         raise UsageError("no tensor is chosen. Name some with --select 'GLOB'.")
-    pattern, _ = _options.fit(_options.pattern(args.pattern), args.layout, choice.tensors)
+    make, everything = _options.pattern(args.pattern), list(source.tensors.values())
+    pattern, _ = _options.fit(make, args.layout, choice.tensors, everything)
     problems = [_inspection.follows(source.read(t.name), pattern, t.name) for t in choice.tensors]
     broken = [problem for problem in problems if problem]
     for problem in broken:
@@ -216,11 +217,9 @@ def _written(args: argparse.Namespace, source: Checkpoint, out: Console) -> int:
         say(out, f"apart     {names}{more}: a file holds tensors, and no more")
     others = left_out(source) if isinstance(source, Folder) else []
     if others:
-        names = ", ".join(printable(str(file)) for file in others)
-        say(
-            out,
-            f"left out  {names}: other weights than the checkpoint's, which stay where they are",
-        )
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        names = ", ".join(printable(str(file)) for file in others[:3])
+        say(out, f"left out  {names}{more}: states and weights that are not the checkpoint's")
     files = args.out.rglob("*") if args.out.is_dir() else [args.out]
     size = sum(f.stat().st_size for f in files if f.is_file())
     ratio = size / max(source.nbytes, 1)

@@ -85,8 +85,9 @@ def pattern(text: str) -> Make:
     return lambda layout: patterns.Unstructured()
 
 
-_CONV1D = ("c_attn/", "c_proj/", "c_fc/", "q_attn/")
-"""Folders of GPT-2's Conv1D, whose weights lie the other way round."""
+_WIDE = ("c_attn", "c_fc")
+_CONV1D = (*_WIDE, "c_proj", "q_attn")
+"""Layers that GPT-2 stores the other way round than torch's Linear; those that have more outputs than inputs."""
 
 
 def choose(tensors: Sequence[Tensor], args: argparse.Namespace) -> Choice:
@@ -147,27 +148,43 @@ def choose(tensors: Sequence[Tensor], args: argparse.Namespace) -> Choice:
 
 def delicate(tensors: Sequence[Tensor]) -> dict[str, list[str]]:
     """Say which of the chosen tensors cost more than others of their size, by what they do."""
-    folders = {t.name: t.path.split("/")[-2] if "/" in t.path else "" for t in tensors}
     experts = any("experts" in t.path for t in tensors)
     routers = ("router", "gate") if experts else ("router",)
     found = {
-        "makes the logits": [n for n, f in folders.items() if f in ("lm_head", "embed_out")],
-        "chooses experts": [n for n, f in folders.items() if f in routers],
+        "makes the logits": [t.name for t in tensors if _layer(t) in ("lm_head", "embed_out")],
+        "chooses experts": [
+            t.name for t in tensors if _layer(t) in routers and "experts" not in t.path.split("/")
+        ],
     }
     return {what: names for what, names in found.items() if names}
 
 
-def find_layout(asked: str, tensors: Sequence[Tensor]) -> Layout:
-    """Take the layout that was asked for, or the one that the names tell of.
+def find_layout(asked: str, tensors: Sequence[Tensor], everything: Sequence[Tensor] = ()) -> Layout:
+    """Take the layout that was asked for, or the one that the names of the chosen tensors tell of.
+
+    Where they are GPT-2's, shapes among `everything` that the checkpoint has tell the rest.
 
     Raises:
-        UsageError: If the names tell of none, or of two.
+        UsageError: If names and shapes tell of none, or of two.
     """
     if asked != "auto":
         return Layout(asked, "as asked by --layout")
     last = {t.path.rsplit("/", 1)[-1] for t in tensors}
-    if any("c_proj/" in t.path or "c_fc/" in t.path for t in tensors):
-        return _of_gpt2(tensors)
+    gpt2 = [t for t in tensors if _is_of_gpt2(t)]
+    turned = _lies_the_other_way([t for t in (*tensors, *everything) if _is_of_gpt2(t)])
+    if gpt2 and turned is None:
+        raise UsageError(
+            f"{gpt2[0].name!r} is stored as (in, out) in GPT-2 and as (out, in) in others that took its names. Say "
+            f"which: --layout in-out or --layout out-in."
+        )
+    if gpt2 and turned:
+        others = [t for t in tensors if not _is_of_gpt2(t)]
+        if others:
+            raise UsageError(
+                f"{gpt2[0].name!r} is stored as (in, out), as GPT-2's Conv1D, and {others[0].name!r} may lie the other "
+                f"way. Prune them one after the other: --select names tensors, --layout how they are stored."
+            )
+        return Layout("in-out", "since layers that widen have more columns than rows, as in GPT-2")
     if last <= {"kernel"}:
         return Layout("in-out", "since all names end in 'kernel', as in Flax")
     if last <= {"weight"}:
@@ -181,34 +198,29 @@ def find_layout(asked: str, tensors: Sequence[Tensor]) -> Layout:
     )
 
 
-def _of_gpt2(tensors: Sequence[Tensor]) -> Layout:
-    """GPT-2 stores (in, out), others that took its names do not: layers that widen tell which."""
-    wide = [t for t in tensors if t.path.endswith(("c_attn/weight", "c_fc/weight"))]
-    wide = [t for t in wide if len(t.shape) == 2 and t.shape[0] != t.shape[1]]
-    if not wide:
-        raise UsageError(
-            f"{tensors[0].name!r} is stored as (in, out) in GPT-2 and as (out, in) in others that took its names. Say "
-            f"which: --layout in-out or --layout out-in."
-        )
-    if wide[0].shape[0] > wide[0].shape[1]:
-        return Layout("out-in", f"since {wide[0].name!r} has more rows than columns")
-    others = [t for t in tensors if not any(folder in t.path for folder in _CONV1D)]
-    if others:
-        raise UsageError(
-            f"{wide[0].name!r} is stored as (in, out), as GPT-2's Conv1D, and {others[0].name!r} may lie the other "
-            f"way. Prune them one after the other: --select names tensors, --layout how they are stored."
-        )
-    return Layout("in-out", f"since {wide[0].name!r} is wide, as GPT-2's Conv1D")
+def _layer(tensor: Tensor) -> str:
+    return tensor.path.split("/")[-2] if "/" in tensor.path else ""
+
+
+def _is_of_gpt2(tensor: Tensor) -> bool:
+    return _layer(tensor) in _CONV1D and tensor.path.endswith("/weight") and len(tensor.shape) == 2
+
+
+def _lies_the_other_way(tensors: Sequence[Tensor]) -> bool | None:
+    """Whether layers that widen are stored as (in, out); None if no shape tells, or two tell different things."""
+    wide = [t.shape for t in tensors if _layer(t) in _WIDE]
+    told = {columns > rows for rows, columns in wide if columns != rows}
+    return told.pop() if len(told) == 1 else None
 
 
 def fit(
-    make: Make, asked: str, tensors: Sequence[Tensor]
+    make: Make, asked: str, tensors: Sequence[Tensor], everything: Sequence[Tensor]
 ) -> tuple["patterns.Pattern", Layout | None]:
     """Make a pattern for the layout of the tensors, which is None where the pattern does not ask for it."""
     flax, pytorch = make(Layout("in-out", "")), make(Layout("out-in", ""))
     if flax == pytorch:
         return flax, None
-    layout = find_layout(asked, tensors)
+    layout = find_layout(asked, tensors, everything)
     return make(layout), layout
 
 

@@ -356,8 +356,11 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if others:
         raise _other(path / others[0], Path(others[0]).suffix)
     if not any(path.glob("_*")) and not any(path.glob("*/_*")) and not any(path.glob("*/*/_*")):
+        files = sorted(file.name for file in path.glob(f"*{WEIGHTS}"))
+        mend = f" If {files[0]!r} is meant, name the file." if files else ""
         raise FormatError(
-            f"{path} holds no checkpoint: neither model.safetensors, nor an index to shards, nor what Orbax writes."
+            f"{path} holds no checkpoint: neither model.safetensors, nor an index to shards, nor what Orbax "
+            f"writes.{mend}"
         )
     return Orbax(path)
 

@@ -324,8 +324,9 @@ def belongings(folder: Path) -> list[Path]:
 
 
 def left_out(source: Folder) -> list[Path]:
-    """Weights that lie in a folder and are not the checkpoint's: they would be those of another network."""
-    files = [file.relative_to(source.path) for file in sorted(source.path.rglob("*"))]
+    """Weights and states that lie in a folder beside the checkpoint: they would be those of another network."""
+    found = sorted(source.path.rglob("*"))
+    files = [file.relative_to(source.path) for file in found if file.is_file()]
     return [
         file
         for file in files

@@ -226,15 +226,12 @@ def _moving(
     )
 
 
-GROW = score_functions.ema_gradients(score_functions.deflated_gradient, 0.99)
-
-
 def rigl(
     inner: optax.GradientTransformation,
     sparsity: float,
     *,
     key: jax.Array,
-    grow: score_functions.Score = GROW,
+    grow: score_functions.Score | None = None,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """RigL: `dynamic_sparse` that grows the connections with the largest gradients.
@@ -248,8 +245,8 @@ def rigl(
         inner: Any optax transformation.
         sparsity: Fraction of weights that are zero throughout, in [0, 1].
         key: A JAX random key for the first masks.
-        grow: Which connections to grow, ``scores.ema_gradients(scores.deflated_gradient, 0.99)``: a float32 number of
-            memory for each weight. `scores.gradient` for the gradient of the one batch, as published.
+        grow: Which connections to grow; None for ``scores.ema_gradients(scores.deflated_gradient, 0.99)``, which takes
+            a float32 number of memory for each weight. `scores.gradient` for that of the one batch, as published.
         **options: Any other argument of `dynamic_sparse`. RigL as published has ``every=100, drop_fraction=0.3`` and
             ``end_step`` at three quarters of the training.
 
@@ -266,6 +263,8 @@ def rigl(
     References:
         Evci et al., Rigging the Lottery: Making All Tickets Winners, 2020, arXiv:1911.11134, algorithm 1.
     """
+    if grow is None:
+        grow = score_functions.ema_gradients(score_functions.deflated_gradient, 0.99)
     return moving("rigl", inner, sparsity, grow=grow, key=key, **options)
 
 

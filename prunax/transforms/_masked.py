@@ -134,8 +134,8 @@ def train_masked(
             )
         if not (hasattr(state, "masks") and hasattr(state, "inner_state")):
             raise TypeError(
-                f"{name}: the state is a {type(state).__name__} that another optimizer made. Begin with that of "
-                f"this one: state = tx.init(params), or a new nnx.Optimizer."
+                f"{name}: the state is a {type(state).__name__}, which `init` of this one does not give. Begin with "
+                f"state = tx.init(params), or a new nnx.Optimizer, and restore checkpoints into that."
             )
         # Leaves without gradients are left out of all that follows, as if they were not there.
         trained = _Trained(name, _inner.model_of(params), updates)
