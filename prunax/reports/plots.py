@@ -63,7 +63,11 @@ def layers(params: PyTree, masks: PyTree | None = None, *, title: str = "") -> "
     right.barh(positions, [leaf.weights for leaf in rows], color="0.85", label="weights")
     right.barh(positions, [leaf.kept for leaf in rows], color="C0", label="kept")
     right.set_xscale("symlog")
-    right.set(xlabel="number, on a logarithmic scale")
+    right.set(xlabel="number (log)")
+    largest = max(leaf.weights for leaf in rows)
+    right.set_xticks(
+        [10**n for n in range(0, 20, 2) if 10**n <= largest]
+    )  # beside long names it is narrow
     _legend(figure, right)
     left.set_yticks(positions, [leaf.path for leaf in rows])
     left.invert_yaxis()
