@@ -554,6 +554,7 @@ def claims_table(records: Sequence[Mapping[str, Any]], network: str) -> harness.
         (("erk", 0.98), ("dense", 0.0), -0.7),
         (("global", 0.98), ("dense", 0.0), -0.7),
         (("rigl", 0.98), ("set", 0.98), 0.0),
+        (("rigl-deflated", 0.98), ("set", 0.98), 0.0),
         (("set", 0.98), ("static", 0.98), 0.0),
         *((("imp", s), ("imp-reinit", s), 0.0) for s in (0.95, 0.98, 0.99)),
         *((("proximal-l1", s), ("dense", 0.0), -1.0) for s in (0.8, 0.9)),
@@ -583,7 +584,7 @@ def fan_in_table(records: Sequence[Mapping[str, Any]], network: str) -> harness.
     """How unevenly connections are dealt out: the most that one output unit has, and the mean."""
     rows = []
     for r in records:
-        if r["network"] == network and r["method"] in ("static", "set", "rigl"):
+        if r["network"] == network and r["method"] in ("static", "set", "rigl", "rigl-deflated"):
             layer, largest = next(iter(sorted(r.get("largest_fan_in", {}).items())), (None, None))
             if layer is None:
                 continue

@@ -16,6 +16,9 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/prunax/prunax/blob/main/colab/1_quickstart.ipynb)
 #
+# The outputs kept here are those of the fast mode. In Colab it runs in full, unless the first cell begins with
+# `%env PRUNAX_FAST=1`.
+#
 # A trained network needs only a part of its weights. `prunax` finds out which: parameters go in, *masks* come out, and
 # a wrapped [optax](https://github.com/google-deepmind/optax) optimizer keeps the pruned weights at exactly zero. You
 # will prune a network in one shot, then while it trains, and see why the second is better.
@@ -63,7 +66,8 @@ print("Fast mode: short training." if FAST else "Full mode.", f"{STEPS} steps a 
 
 # %%
 digits = load_digits()
-prunax.reports.screen_batch({"images": digits.images}, low=0.0, high=1.0)
+found = prunax.reports.screen_batch({"images": digits.images}, low=0.0, high=1.0)
+prunax.reports.findings_table(found)
 
 # %% [markdown]
 # The pixels have 17 levels, from 0 to 16. Scaled, nothing is found any more.
@@ -74,7 +78,8 @@ images = jnp.asarray(digits.images[order] / 16, jnp.float32)
 labels = jnp.asarray(digits.target[order])
 train_images, test_images = images[:1400], images[1400:]
 train_labels, test_labels = labels[:1400], labels[1400:]
-prunax.reports.screen_batch({"images": images}, low=0.0, high=1.0)
+found = prunax.reports.screen_batch({"images": images}, low=0.0, high=1.0)
+print(len(found), "findings")
 
 
 # %%
@@ -136,7 +141,7 @@ print(f"dense: {accuracy(dense):.1%} of the test images are right")
 
 # %%
 masks = prunax.compute_masks(dense, 0.9)
-prunax.summarize(dense, masks)
+prunax.summarize(prunax.apply_masks(dense, masks), masks)
 
 # %%
 prunax.reports.plots.weights(dense, masks, title="Weights of the dense network, 90% to be pruned")
@@ -195,7 +200,8 @@ prunax.summarize(sparse, state.masks)
 prunax.reports.plots.layers(sparse, state.masks)
 
 # %% [markdown]
-# Is it the same 90% that goes? Partly. Training with the masks moved the weights, and with them the choice.
+# Is it the same tenth that stays? Training with the masks moved the weights, and with them the choice. The overlap is
+# what both keep, of all that either keeps.
 
 # %%
 prunax.compare_masks(masks, state.masks)
@@ -207,8 +213,9 @@ prunax.compare_masks(masks, state.masks)
 prunax.reports.plots.masks(state.masks)
 
 # %% [markdown]
-# Inputs of the first layer are pixels, so its mask says what the network looks at. Pixels at the left and right border
-# are nearly always blank. Their weights get no gradient and stay what chance made them, while the threshold rises.
+# Inputs of the first layer are pixels, so its mask says, a little, where the network looks. Pixels at the left and
+# right border are nearly always blank. Their weights get no gradient and stay what chance made them, while the
+# threshold rises.
 
 # %%
 kept_per_pixel = np.asarray(state.masks["params"]["Dense_0"]["kernel"]).mean(axis=1).reshape(8, 8)

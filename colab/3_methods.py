@@ -16,6 +16,9 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/prunax/prunax/blob/main/colab/3_methods.ipynb)
 #
+# The outputs kept here are those of the fast mode. In Colab it runs in full, unless the first cell begins with
+# `%env PRUNAX_FAST=1`.
+#
 # A way to prune is four independent choices: which weights matter (*criterion*), when to remove them (*schedule*),
 # how many from which layer (*allocation*), and whether removed ones may come back (*dynamic sparse training*). In
 # `prunax` each is a value that you pass, so they can be compared one at a time: the same network, the same data, the
@@ -365,7 +368,8 @@ prunax.reports.findings_table(prunax.reports.screen_params(params))
 # - *SET* grows at random (Mocanu et al., 2018);
 # - *RigL* grows where the gradient is largest (Evci et al., 2020).
 #
-# All of them, and gradual pruning beside them, share weights out to the layers by Erdős-Rényi.
+# All of them share weights out to the layers by Erdős-Rényi, and so does gradual pruning of a dense network by
+# magnitude, which stands beside them.
 
 # %%
 moving = {"every": max(STEPS // 40, 1), "end_step": STEPS * 3 // 4}
@@ -383,7 +387,8 @@ table
 front({"gradual, from dense" if n == "magnitude" else n: points for n, points in curves.items()})
 
 # %% [markdown]
-# How far do connections move? Compare the masks after the first epoch with the last ones. What stays is the overlap.
+# How far do connections move? Compare the masks after the first epoch with the last ones. The overlap is what both
+# keep, of all that either keeps.
 
 # %%
 masks = first_seed(RUNS["RigL", SPARSITIES[-1]][2])
@@ -417,10 +422,11 @@ prunax.reports.Table(
 )
 
 # %% [markdown]
-# Where theory and result differ, here and in the [recorded runs](../docs/benchmarks.md), which are longer:
+# Where theory and result differ, here and in the [recorded
+# runs](https://github.com/prunax/prunax/blob/main/docs/benchmarks.md), which are longer:
 #
 # - Criteria are what papers are about, and *where* weights go matters more: uniform pruning leaves the last layer 20 of
-#   its 1,000 weights at 98%, and loses what no criterion brings back. The three other allocations are one.
+#   its 1,000 weights at 98%. The three other allocations are one.
 # - AC/DC should profit from undoing early choices. In runs this short it and gradual pruning are one, within
 #   deviations.
 # - RigL should beat SET, since it grows where the loss asks for it, and here it does. As published it grows by the

@@ -16,6 +16,9 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/prunax/prunax/blob/main/colab/4_smaller_and_faster.ipynb)
 #
+# The outputs kept here are those of the fast mode. In Colab it runs in full, unless the first cell begins with
+# `%env PRUNAX_FAST=1`.
+#
 # A zero costs a processor as much as any other number, and a file four bytes. To gain from pruning, the zeros have to
 # go: whole channels, so that the arrays shrink (*structural pruning*); or single weights and blocks, with the rest
 # *packed* so that products skip what is not there. Both pay in some places and not in others, so everything here is
@@ -195,7 +198,8 @@ networks["dense"] = (apply, longer)
 trained["dense"] = accuracy(apply, longer)
 
 # %% [markdown]
-# Compare it with zeros that stay where they are: the dense network with 90% of its weights set to zero.
+# Compare it with zeros that stay where they are: the dense network with 90% of its weights set to zero at once, without
+# training on. That ruins its accuracy; what matters here is its time.
 
 # %%
 masks = prunax.compute_masks(longer, 0.9)
@@ -237,15 +241,15 @@ axes.invert_yaxis()
 _ = figure.legend(loc="outside upper center", ncols=2, fontsize="small")
 
 # %% [markdown]
-# Operations are not time: a call has costs that do not shrink, which weigh most for a single image. And the zeros
-# that stay save nothing.
+# Operations are not time: a call has costs that do not shrink. And the zeros that stay where they are save nothing.
 #
 # ## Packed weights
 #
 # Where single weights or blocks are pruned, `export.pack` keeps what is left in a form that a product can run
 # through: for each output the inputs that it has, or whole blocks. The price is that reading is scattered. Below a
 # certain sparsity a dense product is faster, and where that is depends on the pattern, the shape, the batch and the
-# machine. So `export.fastest` measures, and gives back a dense weight where packing does not pay.
+# machine. So `export.fastest` measures, anew for each cell below, and gives back a dense weight unless the packed one
+# takes at most nine tenths of its time.
 
 # %%
 SIZE = 1024 if FAST else 4096
@@ -398,9 +402,10 @@ prunax.reports.Table(("file", "kB"), rows)
 
 # %% [markdown]
 # The command line reads the same files: `prunax inspect masks.safetensors`. Tables at length, with seeds and larger
-# networks, are in [the documentation](../docs/benchmarks.md).
+# networks, are in [the documentation](https://github.com/prunax/prunax/blob/main/docs/benchmarks.md).
 #
 # ## Next
 #
 # - [5. A language model](5_language_model.ipynb), pruned in one shot.
-# - [When pruning does not pay](../docs/when-not.md): the cases above, measured on more shapes.
+# - [When pruning does not pay](https://github.com/prunax/prunax/blob/main/docs/when-not.md):
+#   the cases above, measured on more shapes.

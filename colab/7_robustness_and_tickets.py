@@ -16,6 +16,9 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/prunax/prunax/blob/main/colab/7_robustness_and_tickets.ipynb)
 #
+# The outputs kept here are those of the fast mode. In Colab it runs in full, unless the first cell begins with
+# `%env PRUNAX_FAST=1`.
+#
 # Test accuracy is not all that pruning changes. Does a sparse network overfit less? Does it stand noise, blur and
 # attacks as well as the dense one? And could it have been trained sparse to begin with? Three experiments, with the
 # dense network and with random masks beside them.
@@ -238,8 +241,10 @@ for axes in (left, right):
     axes.grid(alpha=0.3)
 
 # %% [markdown]
-# The dashed line is chance. Where the two curves on the right come together, what pruning takes is mostly what was
-# learnt by heart. Where both fall, the network has become too small for the task itself.
+# The dashed line is chance. The dense network has learnt most wrong labels by heart, and a network of a tenth of the
+# weights none beyond chance; that helps it on other images, where labels were wrong: the curves on the right come
+# together. Below chance is who sees the right class and not the wrong label. Where both curves fall, the network has
+# become too small for the task itself.
 #
 # ## Robustness
 #
@@ -350,8 +355,10 @@ axes.grid(axis="y", alpha=0.3)
 _ = figure.legend(title="sparsity", loc="outside upper center", ncols=5, fontsize="small")
 
 # %% [markdown]
-# The bars are what a perturbation takes from each network's own clean accuracy. Where they grow from left to right,
-# pruning has cost robustness besides; where they shrink, the sparse network bears the perturbation better.
+# The bars are what a perturbation takes from each network's own clean accuracy, which pruning has lowered (the table):
+# where they shrink from left to right by less than that, the sparse network is right less often all the same. So it is
+# with noise, blur and occlusion. Under more brightness and the two attacks it is right as often as the dense one or
+# more, until too little is left.
 #
 # ## Lottery tickets
 #
@@ -424,9 +431,12 @@ prunax.reports.Table(("sparsity", *(f"{name}, %" for name in curves)), rows)
 prunax.reports.plots.fronts(curves, dense=curves["winning ticket"][0][1], ylabel="test accuracy, %")
 
 # %% [markdown]
-# One start and one order of images: a difference of less than a point says little here. The full mode trains longer.
+# It takes both: the same masks on another start fall behind by points, and random masks on the ticket's start by more,
+# the sparser the more. One start and one order of images: a difference of less than a point says little here.
 #
-# What has the ticket kept? Inputs of the first layer are pixels.
+# What has the ticket kept? Inputs of the first layer are pixels. It keeps weights around the outlines of the garments,
+# where pictures differ, and some at pixels that are nearly always blank: their weights have stayed what chance made
+# them, and nothing made them smaller.
 
 # %%
 side = train_images.shape[1]
@@ -450,9 +460,10 @@ prunax.compare_masks(tickets[1].masks, tickets[-1].masks)
 # %% [markdown]
 # ## Robustness as a goal
 #
-# Nothing above was trained to be robust. `python -m benchmarks.adversarial` trains against PGD, and prunes to 95% by
-# magnitude, at once or gradually, and by HYDRA, scores that are learned under the same loss (100 hidden units, 10,000
-# images, three seeds, %):
+# Nothing above was trained to be robust. `python -m benchmarks.adversarial`, a script of [the
+# repository](https://github.com/prunax/prunax), trains against PGD, and prunes to 95% by magnitude, at once or
+# gradually, and by HYDRA, scores that are learned under the same loss (100 hidden units, 10,000 images, three seeds,
+# %):
 #
 # | method, sparsity | clean | PGD, 0.05 | PGD, 0.1 | occlusion | calibration error |
 # | --- | ---: | ---: | ---: | ---: | ---: |
@@ -466,3 +477,6 @@ prunax.compare_masks(tickets[1].masks, tickets[-1].masks)
 # Pruning by magnitude closes the gap and resists attacks better than the dense network, at the price of clean accuracy
 # and calibration. Training against attacks does far more, most of it in the dense network. HYDRA is well above
 # magnitude at once, to which its paper compares it; gradual pruning under the same loss is as good or better.
+#
+# Back to [1. Quickstart](1_quickstart.ipynb), or on to [which method
+# when](https://github.com/prunax/prunax/blob/main/docs/methods.md).
