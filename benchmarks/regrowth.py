@@ -44,6 +44,7 @@ METHODS = {
     "set": "random ones grow",
     "rigl, one batch": "the largest gradients of one batch grow, as published",
     "rigl": "the largest mean gradients grow, less their part of rank one",
+    "rigl, by unit": "the same, relative to what is usual of their unit",
 }
 WHY_EPOCHS, WHY_SPARSITY = 3, 0.9
 MEAN = scores.ema_gradients(scores.gradient, 0.99)
@@ -77,6 +78,18 @@ def by_unit(params: PyTree, grads: PyTree) -> PyTree:
         return jnp.abs(g) / jnp.sqrt(usual + 1e-30).reshape(g.shape)
 
     return jax.tree.map(score, grads)
+
+
+def of_unit(params: PyTree, grads: PyTree) -> PyTree:
+    """Gradients less their part of rank one, relative to the root mean square of what is left to their unit."""
+
+    def score(s: jax.Array) -> jax.Array:
+        if s.ndim < 2:
+            return jnp.zeros(())
+        others = tuple(range(s.ndim - 1))
+        return s / jnp.sqrt(jnp.mean(jnp.square(s), others, keepdims=True) + 1e-30)
+
+    return jax.tree.map(score, scores.deflated_gradient(params, grads))
 
 
 CHANGES = {
@@ -272,6 +285,7 @@ def order_table(records: Sequence[Mapping[str, Any]]) -> harness.Table:
         "set over static": ("set", "static"),
         "rigl, one batch, over set": ("rigl, one batch", "set"),
         "rigl over set": ("rigl", "set"),
+        "rigl, by unit, over set": ("rigl, by unit", "set"),
     }
     rows = []
     for network, optimizer, sparsity in dict.fromkeys(k[:3] for k in found):
@@ -367,6 +381,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "set": Change(scores.random),
         "rigl, one batch": Change(),
         "rigl": Change(DEFLATED),
+        "rigl, by unit": Change(scores.ema_gradients(of_unit, 0.99)),
     }
     chosen = itertools.product(args.networks, args.sparsities, args.optimizers)
     for network, sparsity, optimizer in chosen:

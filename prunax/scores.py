@@ -412,8 +412,13 @@ class _GradientAverage(_Average):
         )
 
     def read(self, memory: PyTree, params: PyTree) -> PyTree:
-        """The score of the mean gradients."""
-        return self.score(params, memory)
+        """The score of the mean gradients; nothing is remembered under a leaf whose score is a scalar."""
+
+        def mean(remembered: jax.Array, leaf: Any) -> Any:
+            there = not trees.is_array(leaf) or remembered.shape == leaf.shape
+            return remembered if there else jnp.zeros_like(leaf)
+
+        return self.score(params, jax.tree.map(mean, memory, params))
 
 
 def check_score(function: str, score: object) -> None:

@@ -190,6 +190,19 @@ def test_a_mean_leaves_out_gradients_that_are_not_finite():
     assert score.read(memory, tree)["kernel"].tolist() == [2.0, 2.0, 2.0]
 
 
+def test_a_score_of_the_mean_may_call_others():
+    def of_kernels(params, grads):
+        found = scores.deflated_gradient(params, grads)
+        return jax.tree.map(lambda s: s if s.ndim > 1 else jnp.zeros(()), found)
+
+    score = scores.ema_gradients(of_kernels, 0.5)
+    tree = {"kernel": jnp.arange(6.0).reshape(3, 2), "bias": jnp.ones(2)}
+    memory = score.update(score.init(tree), tree, tree)
+    assert memory["bias"].shape == ()
+    halved = {"kernel": tree["kernel"] / 2, "bias": tree["bias"]}
+    assert (score.read(memory, tree)["kernel"] == of_kernels(tree, halved)["kernel"]).all()
+
+
 def test_only_growth_remembers():
     with pytest.raises(ValueError, match="only grow"):
         transforms.rigl(
