@@ -312,6 +312,7 @@ if all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
     import torch
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     for name, fn, params in (("sparse", llama, both), ("small", small.fn, tuned.params)):
         judge = transformers.AutoModelForCausalLM.from_pretrained(folder / name)
         with torch.no_grad():
