@@ -158,13 +158,22 @@ def train(
 
 @functools.partial(jax.jit, static_argnames=("network", "classes"))
 def accuracy(
-    network: str, classes: int, params: PyTree, images: jax.Array, labels: jax.Array
+    network: str,
+    classes: int,
+    params: PyTree,
+    images: jax.Array,
+    labels: jax.Array,
+    seen: jax.Array | None = None,
 ) -> jax.Array:
-    """Accuracy of params with a leading axis of seeds, in [0, 1]."""
-    apply = functools.partial(models.apply, models.MODELS[network](classes))
+    """Accuracy of params with a leading axis of seeds, in [0, 1].
+
+    Batch normalisation takes the statistics of the training images `seen`, or of the images themselves.
+    """
+    model = models.MODELS[network](classes)
 
     def of_seed(params: PyTree) -> jax.Array:
-        return loop.evaluate(apply, params, images, labels)
+        predict = models.as_used(model, params, images if seen is None else seen)
+        return loop.evaluate(lambda _, x: predict(x), params, images, labels)
 
     return each_seed(of_seed, params)
 

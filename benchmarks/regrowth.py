@@ -7,7 +7,6 @@ goes on where it stopped.
 """
 
 import argparse
-import functools
 import itertools
 import statistics
 import sys
@@ -20,7 +19,7 @@ import optax
 import rich.console
 
 import prunax
-from benchmarks import harness, loop, methods, models, recipes
+from benchmarks import harness, loop, methods, recipes
 from prunax import allocation, patterns, scores, transforms
 
 PyTree = Any
@@ -39,13 +38,6 @@ RATES = {
 }
 OPTIMIZERS = "adam", "sgd"
 SPARSITIES = (0.9, 0.95, 0.98)
-METHODS = {
-    "static": "random masks that stay",
-    "set": "random ones grow",
-    "rigl, one batch": "the largest gradients of one batch grow, as published",
-    "rigl": "the largest mean gradients grow, less their part of rank one",
-    "rigl, by unit": "the same, relative to what is usual of their unit",
-}
 WHY_EPOCHS, WHY_SPARSITY = 3, 0.9
 MEAN = scores.ema_gradients(scores.gradient, 0.99)
 DEFLATED = scores.ema_gradients(scores.deflated_gradient, 0.99)
@@ -80,7 +72,7 @@ def by_unit(params: PyTree, grads: PyTree) -> PyTree:
     return jax.tree.map(score, grads)
 
 
-def of_unit(params: PyTree, grads: PyTree) -> PyTree:
+def deflated_by_unit(params: PyTree, grads: PyTree) -> PyTree:
     """Gradients less their part of rank one, relative to the root mean square of what is left to their unit."""
 
     def score(s: jax.Array) -> jax.Array:
@@ -92,6 +84,13 @@ def of_unit(params: PyTree, grads: PyTree) -> PyTree:
     return jax.tree.map(score, scores.deflated_gradient(params, grads))
 
 
+METHODS = {
+    "static": None,  # random masks that stay
+    "set": Change(scores.random),  # random ones grow
+    "rigl, one batch": Change(),  # the largest gradients of one batch, as published
+    "rigl": Change(DEFLATED),  # the largest mean gradients, less their part of rank one
+    "rigl, by unit": Change(scores.ema_gradients(deflated_by_unit, 0.99)),
+}
 CHANGES = {
     "static": None,
     "set": Change(scores.random),
@@ -207,22 +206,9 @@ def run(
         params = scaled(params, sparsity)
     args = params, keys, data
     outcome = jax.block_until_ready(methods.compile_(all_seeds, *args)(*args))
-    accuracy = test_accuracy(network, outcome.params, data)
+    test, seen = (data.test_images, data.test_labels), data.train_images[:2000]
+    accuracy = methods.accuracy(network, 10, outcome.params, *test, seen)
     return {"test_accuracy": accuracy.tolist(), **where_connections_are(budget, outcome, data)}
-
-
-@functools.partial(jax.jit, static_argnames="network")
-def test_accuracy(network: str, params: PyTree, data: loop.Data) -> jax.Array:
-    """Of all seeds; batch normalisation takes the statistics of some training images."""
-    model = models.MODELS[network](10)
-
-    def of_seed(params: PyTree) -> jax.Array:
-        predict = models.as_used(model, params, data.train_images[:2000])
-        return loop.evaluate(
-            lambda _, images: predict(images), params, data.test_images, data.test_labels
-        )
-
-    return methods.each_seed(of_seed, params)
 
 
 def scaled(params: PyTree, sparsity: float) -> PyTree:
@@ -376,16 +362,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name, change in CHANGES.items():
             images = centre(data) if "centred" in name else data
             once("why", "mlp", "adam", name, WHY_SPARSITY, change=change, data=images)
-    grown = {
-        "static": None,
-        "set": Change(scores.random),
-        "rigl, one batch": Change(),
-        "rigl": Change(DEFLATED),
-        "rigl, by unit": Change(scores.ema_gradients(of_unit, 0.99)),
-    }
     chosen = itertools.product(args.networks, args.sparsities, args.optimizers)
     for network, sparsity, optimizer in chosen:
-        for method, change in grown.items():
+        for method, change in METHODS.items():
             once("compare", network, optimizer, method, sparsity, change=change, data=data)
     head = (
         f"Dynamic sparse training on {dataset.name}\n\nWritten by `{results.command}`: mean ± standard error of "

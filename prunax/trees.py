@@ -388,6 +388,26 @@ def check_params(function: str, params: PyTree, *, trained: bool = False) -> Non
         )
 
 
+def check_function(fn: Any) -> None:
+    """Raise TypeError for a module that holds its own params, where a function of params is wanted."""
+    # What Equinox makes of a function, `eqx.filter_jit(fn)` or `eqx.Partial(fn)`, is a module too.
+    place = type(fn).__module__
+    wrapped = place.startswith("equinox.") and not place.startswith("equinox.nn.")
+    for kind, module, mend in (
+        (
+            "an NNX",
+            "flax.nnx",
+            "graph, params = nnx.split(model); fn = lambda params, x: nnx.merge(graph, params)(x)",
+        ),
+        ("an Equinox", "equinox", "fn = lambda model, x: model(x), with the model as its params"),
+    ):
+        if isinstance(fn, loaded(module, "Module")) and not wrapped:
+            raise TypeError(
+                f"fn must be a function of params and inputs, got {kind} module, {type(fn).__name__}, which holds its "
+                f"own params. Pass both apart: {mend}."
+            )
+
+
 def shown(value: Any) -> str:
     """What an error says of a wrong argument: all of it, if that is a line."""
     text = repr(value)

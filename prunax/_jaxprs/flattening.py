@@ -135,7 +135,7 @@ def trace(
         >>> [product.name for product in program.products]
         ['kernel']
     """
-    programs.check_function(fn)
+    trees.check_function(fn)
 
     def on_arrays(params: PyTree, *args: Any) -> list[Any]:
         return [x for x in jax.tree.leaves(fn(params, *args)) if trees.is_array(x)]

@@ -3,7 +3,6 @@
 A `ClosedJaxpr` holds a `Jaxpr` and its constants. In later releases (0.12) one type is both, by either name.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
@@ -95,28 +94,9 @@ class Traced(NamedTuple):
     shapes: list[jax.ShapeDtypeStruct]
 
 
-def check_function(fn: Callable[..., Any]) -> None:
-    """Raise TypeError for a module that holds its own params, where a function of params is wanted."""
-    for kind, module, mend in (
-        (
-            "an NNX",
-            "flax.nnx",
-            "graph, params = nnx.split(model); fn = lambda params, x: nnx.merge(graph, params)(x)",
-        ),
-        ("an Equinox", "equinox", "fn = lambda model, x: model(x), with the model as its params"),
-    ):
-        # What Equinox makes of a function, `eqx.filter_jit(fn)` or `eqx.Partial(fn)`, is a module too.
-        made = re.match(r"equinox\.(?!nn\.)", type(fn).__module__)
-        if isinstance(fn, trees.loaded(module, "Module")) and not made:
-            raise TypeError(
-                f"fn must be a function of params and inputs, got {kind} module, {type(fn).__name__}, which holds its "
-                f"own params. Pass both apart: {mend}."
-            )
-
-
 def traced(fn: Callable[..., Any], params: Any, args: tuple[Any, ...]) -> Traced:
     """Trace ``fn(params, *args)``. Leaves that are not arrays are taken as they are."""
-    check_function(fn)
+    trees.check_function(fn)
     leaves, treedef = jax.tree.flatten((params, args))
     arrays = [i for i, leaf in enumerate(leaves) if trees.is_array(leaf)]
 

@@ -116,10 +116,9 @@ def prune(args: argparse.Namespace, source: Checkpoint, out: Console, err: Conso
     )
     say(out, f"chosen    {number}: {choice.rule}")
     for what, names in _options.delicate(choice.tensors).items():
-        first, more = printable(names[0]), f" and {len(names) - 1} more" if names[1:] else ""
-        glob = "*" + "/".join(names[0].replace(".", "/").split("/")[-2:])
-        glob = printable(glob)
-        say(out, f"note      {first}{more} {what}, and is often left whole: --exclude '{glob}'")
+        glob = printable("*" + "/".join(names[0].replace(".", "/").split("/")[-2:]))
+        said = f"{_some(names, 1)} {what}, and is often left whole: --exclude '{glob}'"
+        say(out, f"note      {said}")
     if args.dry_run:
         for t in choice.tensors:
             say(out, f"  {printable(t.name)}  {' x '.join(map(str, t.shape))}")
@@ -197,11 +196,16 @@ def _list_whole(out: Console, choice: Choice, *, everything: bool) -> None:
     """Say what is left whole and why, reason by reason."""
     reasons: dict[str, list[str]] = {}
     for name, reason in choice.whole.items():
-        reasons.setdefault(reason, []).append(printable(name))
+        reasons.setdefault(reason, []).append(name)
     for reason, names in reasons.items():
-        shown = names if everything else names[:3]
-        more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
-        say(out, f"whole     {len(names)}, {reason}: {', '.join(shown)}{more}")
+        shown = _some(names, len(names) if everything else 3)
+        say(out, f"whole     {len(names)}, {reason}: {shown}")
+
+
+def _some(names: Sequence[Any], most: int = 3) -> str:
+    """The first of some names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(printable(str(name)) for name in names[:most]) + more
 
 
 def _writer(args: argparse.Namespace, source: Checkpoint, metadata: dict[str, str]) -> Any:
@@ -212,14 +216,10 @@ def _writer(args: argparse.Namespace, source: Checkpoint, metadata: dict[str, st
 def _written(args: argparse.Namespace, source: Checkpoint, out: Console) -> int:
     rest = belongings(source.path) if source.layout == "folder" and args.out.is_file() else []
     if rest:
-        more = f" and {len(rest) - 3} more" if len(rest) > 3 else ""
-        names = ", ".join(printable(str(file)) for file in rest[:3])
-        say(out, f"apart     {names}{more}: a file holds tensors, and no more")
+        say(out, f"apart     {_some(rest)}: a file holds tensors, and no more")
     others = left_out(source) if isinstance(source, Folder) else []
     if others:
-        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-        names = ", ".join(printable(str(file)) for file in others[:3])
-        say(out, f"left out  {names}{more}: states and weights that are not the checkpoint's")
+        say(out, f"left out  {_some(others)}: states and weights that are not the checkpoint's")
     files = args.out.rglob("*") if args.out.is_dir() else [args.out]
     size = sum(f.stat().st_size for f in files if f.is_file())
     ratio = size / max(source.nbytes, 1)

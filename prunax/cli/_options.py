@@ -85,11 +85,6 @@ def pattern(text: str) -> Make:
     return lambda layout: patterns.Unstructured()
 
 
-_WIDE = ("c_attn", "c_fc")
-_CONV1D = (*_WIDE, "c_proj", "q_attn")
-"""Layers that GPT-2 stores the other way round than torch's Linear; those that have more outputs than inputs."""
-
-
 def choose(tensors: Sequence[Tensor], args: argparse.Namespace) -> Choice:
     """Choose the tensors to prune.
 
@@ -188,14 +183,16 @@ def find_layout(asked: str, tensors: Sequence[Tensor], everything: Sequence[Tens
     if last <= {"kernel"}:
         return Layout("in-out", "since all names end in 'kernel', as in Flax")
     if last <= {"weight"}:
-        return Layout(
-            "out-in",
-            "since all names end in 'weight', as in PyTorch and Hugging Face",
-        )
+        return Layout("out-in", "since all names end in 'weight', as in PyTorch and Hugging Face")
     raise UsageError(
         f"the names ({', '.join(sorted(last)[:5])}) do not tell whether weights are stored as (in, out) or (out, in), "
         f"and the pattern depends on it. Say which: --layout in-out or --layout out-in."
     )
+
+
+# Layers that GPT-2 stores the other way round than torch's Linear, and those of them that widen.
+_CONV1D = ("c_attn", "c_fc", "c_proj", "q_attn")
+_WIDE = ("c_attn", "c_fc")
 
 
 def _layer(tensor: Tensor) -> str:

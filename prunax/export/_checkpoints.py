@@ -355,7 +355,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     others = [f.name for f in sorted(path.iterdir()) if f.suffix in OTHERS]
     if others:
         raise _other(path / others[0], Path(others[0]).suffix)
-    if not any(path.glob("_*")) and not any(path.glob("*/_*")) and not any(path.glob("*/*/_*")):
+    if not any(any(path.glob(place)) for place in ("_*", "*/_*", "*/*/_*")):  # Orbax's own files
         files = sorted(file.name for file in path.glob(f"*{WEIGHTS}"))
         mend = f" If {files[0]!r} is meant, name the file." if files else ""
         raise FormatError(

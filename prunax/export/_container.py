@@ -28,7 +28,7 @@ __all__ = ["Entry", "FormatError", "Reader", "Writer"]
 
 # The reference reader takes headers of 100 MB. A hundred thousand tensors need about 10.
 MAX_HEADER = 16 << 20
-_POINTER = b"version https://git-lfs"
+_POINTER = b"version "  # of Git LFS: "version https://git-lfs.github.com/spec/v1"
 MAX_NDIM = 64  # NumPy's
 CHUNK = 1 << 20
 DIGEST = "prunax.sha256"
@@ -132,7 +132,7 @@ class Reader:
         if size < 8:
             raise self._fail(f"it has {size} bytes, and the header's length takes 8")
         start = self._file.read(8)
-        if start == _POINTER[:8]:
+        if start == _POINTER:
             raise FormatError(
                 f"{self.path} is a pointer of Git LFS, not the file that it points to. Fetch that: git lfs pull."
             )

@@ -115,7 +115,6 @@ class FolderWriter:
         self._shards: dict[str | int, _Shard] = {}
         self._last = 0
         self._place_of: dict[str, str | int] = {}
-        self._numbers = 0
 
     def __enter__(self) -> "FolderWriter":
         return self
@@ -150,7 +149,6 @@ class FolderWriter:
             raise ValueError(f"save_checkpoint: {name!r} comes twice.")
         key = self._key(name, entry)
         self._place_of[name] = key
-        self._numbers += math.prod(entry.shape)
         with _atomic.naming(self.path):
             self._shards[key].writer.add(name, entry.dtype, entry.shape, data)
 
@@ -192,6 +190,7 @@ class FolderWriter:
         elif self._sharded and self._like and set(keys) == set(self._like.shards.values()):
             names = {key: str(key) for key in keys}
         total = sum(shard.nbytes for shard in self._shards.values())
+        entries = [e for shard in self._shards.values() for e in shard.writer.entries.values()]
         for key in keys:
             shard = self._shards.pop(key)
             shard.writer.finish(self._metadata)
@@ -201,7 +200,7 @@ class FolderWriter:
             where = {name: names[key] for name, key in sorted(self._place_of.items())}
             about = dict(self._like.about) if isinstance(self._like, Folder) else {}
             if "total_parameters" in about:
-                about["total_parameters"] = self._numbers
+                about["total_parameters"] = sum(math.prod(entry.shape) for entry in entries)
             index = {"metadata": about | {"total_size": total}, "weight_map": where}
             _write_json(self._place.temporary / f"{self._stem}{INDEX}", index)
         if isinstance(self._like, Folder):
@@ -314,26 +313,21 @@ def check_replaceable(folder: Path, overwrite: bool) -> None:
 
 def belongings(folder: Path) -> list[Path]:
     """What belongs to a model and holds no weights: files within its folder."""
-    files = [file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file()]
-    return [
-        file
-        for file in files
-        if not any(part.startswith(".") for part in file.parts)
-        and not file.name.endswith((WEIGHTS, INDEX, ".bin.index.json", *OTHERS))
-    ]
+    weights = (WEIGHTS, INDEX, ".bin.index.json", *OTHERS)
+    return [file for file in _files(folder) if not file.name.endswith(weights)]
 
 
 def left_out(source: Folder) -> list[Path]:
     """Weights and states that lie in a folder beside the checkpoint: they would be those of another network."""
-    found = sorted(source.path.rglob("*"))
-    files = [file.relative_to(source.path) for file in found if file.is_file()]
-    return [
-        file
-        for file in files
-        if str(file).endswith((WEIGHTS, *OTHERS))
-        and not any(part.startswith(".") for part in file.parts)
-        and str(file) not in source.shards.values()
-    ]
+    own = set(source.shards.values())
+    others = [file for file in _files(source.path) if file.name.endswith((WEIGHTS, *OTHERS))]
+    return [file for file in others if str(file) not in own]
+
+
+def _files(folder: Path) -> list[Path]:
+    """Files within a folder that are not hidden."""
+    files = [file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file()]
+    return [file for file in files if not any(part.startswith(".") for part in file.parts)]
 
 
 def _take_along(source: Path, folder: Path) -> None:

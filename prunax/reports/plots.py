@@ -65,9 +65,8 @@ def layers(params: PyTree, masks: PyTree | None = None, *, title: str = "") -> "
     right.set_xscale("symlog")
     right.set(xlabel="number (log)")
     largest = max(leaf.weights for leaf in rows)
-    right.set_xticks(
-        [10**n for n in range(0, 20, 2) if 10**n <= largest]
-    )  # beside long names it is narrow
+    # Every second power: beside long names the panel is narrow.
+    right.set_xticks([10**n for n in range(0, 20, 2) if 10**n <= largest])
     _legend(figure, right)
     left.set_yticks(positions, [leaf.path for leaf in rows])
     left.invert_yaxis()
