@@ -97,7 +97,7 @@ def compute_masks(
         if scores is None:  # absolute values are taken within each read, and not stored
             score_leaves = [Partial(_selection.absolute, leaf) for leaf in chosen.leaves]
         kept = select_masks(score_leaves, pools.budgets, pattern=pattern, structure=pools.structure)
-    has_nan = [_has_nan(s) for s in score_leaves]
+    has_nan = [_selection.has_nan(s) for s in score_leaves]
     if not trees.is_traced(*has_nan):
         flags = jax.device_get(has_nan)
         bad = [path for path, flag in zip(chosen.paths, flags, strict=True) if flag]
@@ -286,11 +286,6 @@ def _rearranged(score: Score, pattern: patterns.Pattern) -> Score:
 def _expanded(kept: jax.Array, score: Score, *, pattern: patterns.Pattern) -> jax.Array:
     leaf = _selection.value_of(score)
     return _meshes.shard_like(pattern.expand(kept, leaf.shape), leaf)
-
-
-@jax.jit
-def _has_nan(score: Score) -> jax.Array:
-    return jnp.any(jnp.isnan(_selection.value_of(score)))
 
 
 def _at_most(pattern: patterns.Pattern, budget: Any, sparsity: Any, length: int, path: str) -> Any:

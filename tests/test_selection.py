@@ -139,6 +139,22 @@ def test_absolute_values_are_those_of_jax(dtype):
     assert np.array_equal(found, expected, equal_nan=True)
 
 
+@pytest.mark.parametrize(
+    "dtype", ["float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"]
+)
+@pytest.mark.parametrize("shape", [(), (7,), (40, 3), (2, 400, 300)])
+def test_a_nan_is_found_wherever_it_is(dtype, shape):
+    x = jnp.full(shape, -3.0, dtype)
+    if dtype != "float8_e4m3fn":  # which has no infinity
+        x = x.reshape(-1).at[-1].set(-jnp.inf).reshape(shape)
+    assert not _selection.has_nan(x)
+    for nan in (jnp.nan, -jnp.nan):
+        for place in {0, x.size // 2, x.size - 1}:
+            with_nan = x.reshape(-1).at[place].set(jnp.asarray(nan, dtype)).reshape(shape)
+            assert _selection.has_nan(with_nan)
+            assert _selection.has_nan(Partial(_selection.absolute, with_nan))
+
+
 def test_nothing_as_large_as_the_scores_is_stored():
     w = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
     compiled = (

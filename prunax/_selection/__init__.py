@@ -13,7 +13,15 @@ the axis is not the minor one), and only counts travel between devices.
 
 from prunax._selection.keys import absolute, sort_keys
 from prunax._selection.pools import keep_largest
-from prunax._selection.reading import Score, value_of
+from prunax._selection.reading import Score, has_nan, value_of
 from prunax._selection.slices import keep_largest_along
 
-__all__ = ["Score", "absolute", "keep_largest", "keep_largest_along", "sort_keys", "value_of"]
+__all__ = [
+    "Score",
+    "absolute",
+    "has_nan",
+    "keep_largest",
+    "keep_largest_along",
+    "sort_keys",
+    "value_of",
+]

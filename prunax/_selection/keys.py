@@ -37,6 +37,12 @@ def absolute(x: Array) -> Array:
     return lax.bitcast_convert_type(bits & np.uint16(0x7FFF), x.dtype)
 
 
+def unsigned_bits(x: Array) -> Array:
+    """The bits of floats without their signs: more than `infinity(x.dtype)` where they are NaN."""
+    unsigned = np.dtype(f"uint{8 * x.dtype.itemsize}")
+    return lax.bitcast_convert_type(x, unsigned) & unsigned.type(np.iinfo(unsigned).max >> 1)
+
+
 def rank_keys(x: Array) -> Array:
     """The complement of `sort_keys`: the best score has the smallest key, so what is kept is `key < threshold`."""
     if x.dtype == jnp.bool_:
@@ -49,22 +55,23 @@ def rank_keys(x: Array) -> Array:
         return ~bits
     if jnp.issubdtype(x.dtype, jnp.signedinteger):
         return bits ^ (sign_bit - unsigned(1))
-    # +inf becomes 0, zeros `infinity`, -inf twice that. NaNs of both signs land above: the positive ones wrap around.
-    infinity = _infinity(x.dtype)
+    # +inf becomes 0, zeros `inf`, -inf twice that. NaNs of both signs land above: the positive ones wrap around.
+    inf = infinity(x.dtype)
     keys = jnp.where(
-        bits < sign_bit, unsigned(infinity) - bits, bits + unsigned(infinity + int(sign_bit))
+        bits < sign_bit, unsigned(inf) - bits, bits + unsigned(inf + int(sign_bit))
     )
     return jnp.minimum(keys, unsigned(largest_key(x.dtype)))
 
 
-def _infinity(dtype: np.dtype) -> int:
+def infinity(dtype: np.dtype) -> int:
+    """The bits of infinity."""
     return int(np.asarray(np.inf, dtype).view(f"uint{8 * dtype.itemsize}"))
 
 
 def largest_key(dtype: np.dtype) -> int:
     """The key that ranks last: of NaN, or of the smallest integer."""
     return (
-        2 * _infinity(dtype) + 1
+        2 * infinity(dtype) + 1
         if jnp.issubdtype(dtype, jnp.floating)
         else 2 ** (8 * dtype.itemsize) - 1
     )

@@ -17,9 +17,9 @@ from jax.tree_util import Partial
 
 from prunax import _meshes
 from prunax._counts import WIDE, Number, exact_sum
-from prunax._selection.keys import rank_keys
+from prunax._selection.keys import infinity, rank_keys, unsigned_bits
 
-__all__ = ["Score", "value_of"]
+__all__ = ["Score", "has_nan", "value_of"]
 
 Array = jax.Array
 Score = Array | Partial
@@ -64,9 +64,12 @@ class Reader(NamedTuple):
     def wide(self) -> bool:
         return self.size >= WIDE
 
-    def keys(self, score: Score) -> Array:
+    def values(self, score: Score) -> Array:
         x = value_of(score)
-        return rank_keys(x if x.dtype == self.dtype else lax.convert_element_type(x, self.dtype))
+        return x if x.dtype == self.dtype else lax.convert_element_type(x, self.dtype)
+
+    def keys(self, score: Score) -> Array:
+        return rank_keys(self.values(score))
 
     def reshape(self, score: Score, shape: tuple[int, ...]) -> Score:
         """View the array, or the operands of its function, in a shape of its `grid`."""
@@ -194,6 +197,30 @@ def count_before(leaf: Reader, score: Score, table: Array, row: np.ndarray) -> N
     counts = jnp.stack(count_hits(hits, axes))
     inner = tuple(range(1, counts.ndim))
     return exact_sum(counts, lambda c: jnp.sum(c, axis=inner, dtype=jnp.uint32), leaf.wide)
+
+
+@jax.jit
+def has_nan(score: Score) -> Array:
+    """Whether any of the scores is NaN, in one read.
+
+    Args:
+        score: An array, or ``Partial(f, *arrays)`` of an elementwise f that makes it.
+
+    Returns:
+        A bool scalar, or one that varies over the devices of a `jax.shard_map` as the scores do.
+
+    Examples:
+        >>> import jax.numpy as jnp, prunax
+        >>> bool(prunax._selection.has_nan(jnp.array([1.0, jnp.nan])))
+        True
+    """
+    leaf = describe(score)
+    shape, axes = leaf.grid()
+    bits = unsigned_bits(leaf.values(leaf.reshape(score, shape)))
+    inf = np.asarray(infinity(leaf.dtype), bits.dtype)
+    # By rows, since XLA reduces to a scalar on one core, and two counts, since on CPUs it does not vectorise one.
+    nans, not_finite = count_hits([bits > inf, bits >= inf], axes)
+    return jnp.any((nans > 0) & (not_finite > 0))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from prunax import _counts, _meshes, _packing, patterns, schedules, trees
+from prunax import _counts, _meshes, _packing, _selection, patterns, schedules, trees
 from prunax import _masks as mask_functions
 from prunax import allocation as allocations
 from prunax import scores as score_functions
@@ -279,7 +279,7 @@ def any_nan(arrays: Arrays) -> jax.Array:
     """Say whether any array holds a NaN, on any device of a `jax.shard_map`."""
     found = jnp.zeros((), jnp.bool_)
     for x in arrays:
-        found = found | _meshes.agree(jnp.any(jnp.isnan(x)))
+        found = found | _meshes.agree(_selection.has_nan(x))
     return found
 
 
