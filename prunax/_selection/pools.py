@@ -203,7 +203,7 @@ def _sample_stride(leaves: Leaves, owner: Owner) -> list[int] | None:
     pools = owner[-1] + 1
     each = sum(leaf.size for leaf in leaves) // pools
     # For many small pools it would take longer to compile than it saves.
-    size = min(_SAMPLE, math.isqrt(each) if pools <= _HOST_LOOP else each // 1024)
+    size = min(_SAMPLE, max(math.isqrt(each), 128) if pools <= _HOST_LOOP else each // 1024)
     if size < 32 or any(leaf.wide or not leaf.local for leaf in leaves):
         return None
     totals = [
