@@ -57,9 +57,7 @@ def rank_keys(x: Array) -> Array:
         return bits ^ (sign_bit - unsigned(1))
     # +inf becomes 0, zeros `inf`, -inf twice that. NaNs of both signs land above: the positive ones wrap around.
     inf = infinity(x.dtype)
-    keys = jnp.where(
-        bits < sign_bit, unsigned(inf) - bits, bits + unsigned(inf + int(sign_bit))
-    )
+    keys = jnp.where(bits < sign_bit, unsigned(inf) - bits, bits + unsigned(inf + int(sign_bit)))
     return jnp.minimum(keys, unsigned(largest_key(x.dtype)))
 
 

@@ -166,7 +166,7 @@ def train_masked(
             known = at(arrays)
             return {place: known[weight] for place, weight in weights.items() if weight in known}
 
-        def rank(old: Arrays, grads: Arrays, inner_state: Any) -> tuple[Arrays, Arrays, Any, Any]:
+        def rank(old: Arrays, inner_state: Any) -> tuple[Arrays, Arrays, Any, Any]:
             before = [unpack(m, leaf) for m, leaf in zip(old, leaves, strict=True)]
             ranked, has_nan = next_masks(state.count, updates, averaged, chosen, before)
             # In a shard_map, random masks are alike on all devices, and masks that were given may be.
@@ -174,6 +174,7 @@ def train_masked(
                 _meshes.vary_like(jnp.where(has_nan, b, m), b)
                 for b, m in zip(before, ranked, strict=True)
             ]
+            grown = []
             if mask_gradients:
                 grown = [
                     _meshes.vary_like(m & ~b, leaf)
@@ -181,20 +182,29 @@ def train_masked(
                 ]
                 # A weight that comes back begins at zero without a past, and with the gradient of the next step.
                 inner_state = begin_anew(inner_state, grown)
-                grads = _zero(grads, [~g for g in grown])
-            return [pack(m) for m in new], grads, inner_state, has_nan.astype(jnp.int32)
+                grown = list(map(_packing.pack_bits, grown))
+            return [pack(m) for m in new], grown, inner_state, has_nan.astype(jnp.int32)
 
-        def renew(old: Arrays, grads: Arrays, inner_state: Any) -> tuple[Arrays, Arrays, Any, Any]:
+        def renew(old: Arrays, inner_state: Any) -> tuple[Arrays, Arrays, Any, Any]:
             # A loop of one turn: what is new takes the place of the old in it. Without it both are alive at the end
             # of this branch, and XLA copies them in every step, those without an update included.
             return jax.lax.while_loop(
                 lambda carry: carry[0],
-                lambda carry: (jnp.zeros_like(due), *rank(*carry[1:4])),
-                (due, old, grads, inner_state, jnp.zeros((), jnp.int32)),
+                lambda carry: (jnp.zeros_like(due), *rank(carry[1], carry[3])),
+                (due, *keep(old, inner_state)),
             )[1:]
 
-        def keep(old: Arrays, grads: Arrays, inner_state: Any) -> tuple[Arrays, Arrays, Any, Any]:
-            return old, grads, inner_state, jnp.zeros((), jnp.int32)
+        def keep(old: Arrays, inner_state: Any) -> tuple[Arrays, Arrays, Any, Any]:
+            return old, none_grown(), inner_state, jnp.zeros((), jnp.int32)
+
+        def none_grown() -> Arrays:
+            if not mask_gradients:
+                return []
+            bits = [_packing.pack_bits(jnp.zeros_like(leaf, dtype=jnp.bool_)) for leaf in leaves]
+            return [
+                _meshes.vary_like(jnp.zeros_like(b), leaf)
+                for b, leaf in zip(bits, leaves, strict=True)
+            ]
 
         def begin_anew(inner_state: Any, grown: Arrays) -> Any:
             fresh = inner.init(params)
@@ -202,14 +212,10 @@ def train_masked(
             return _map_at(jnp.where, of_weights(grown), inner_state, first)
 
         # All that a mask update touches goes through: nothing of the old state is read afterwards, so that in other
-        # steps XLA passes buffers on instead of copying them.
-        stored, grads, inner_state, skipped = jax.lax.cond(
-            due,
-            renew,
-            keep,
-            stored,
-            gradients,
-            state.inner_state,
+        # steps XLA passes buffers on instead of copying them. Gradients do not, or all of them would be alive at once:
+        # what they need to know of the update, which weights are back, comes out in bits.
+        stored, grown, inner_state, skipped = jax.lax.cond(
+            due, renew, keep, stored, state.inner_state
         )
         masks = [unpack(m, leaf) for m, leaf in zip(stored, leaves, strict=True)]
 
@@ -219,7 +225,12 @@ def train_masked(
 
         inner_updates, inner_params = updates, params
         if mask_gradients:
-            inner_updates = chosen.put(_zero(grads, masks), updates)
+            back = [
+                _meshes.shard_like(_packing.unpack_bits(g, leaf.shape), leaf)
+                for g, leaf in zip(grown, leaves, strict=True)
+            ]
+            learning = [m & ~b for m, b in zip(masks, back, strict=True)]
+            inner_updates = chosen.put(_zero(gradients, learning), updates)
             inner_params = _inner.map_copies(lambda copy: _map_at(_masked, at(masks), copy), params)
         with _checks.explained(name, model, trained.missing):
             new_updates, inner_state = inner.update(
