@@ -21,6 +21,7 @@ from benchmarks import (
     limits,
     loop,
     methods,
+    recipes,
     regrowth,
     render,
     robustness,
@@ -29,7 +30,10 @@ from benchmarks.recipes import METHODS, Budget
 
 pytestmark = pytest.mark.relaxed_promotion  # optax's Adam raises a float to an int32 power
 
-RUN = "--dataset digits --network mlp --methods dense global imp rigl --sparsities 0.5 0.7 --seeds 2 --epochs 2"
+RUN = (
+    "--dataset digits --network mlp --methods dense magnitude imp rigl --allocations erk "
+    "--sparsities 0.5 0.7 --seeds 2 --epochs 2"
+)
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +63,10 @@ def test_a_run_goes_on_where_it_stopped(folder, monkeypatch):
             raise KeyboardInterrupt
 
     class Counted(methods.Results):
-        def find(self, *key):
-            found = super().find(*key)
+        def find(self, budget, method, allocation, sparsity):
+            found = super().find(budget, method, allocation, sparsity)
             if found is None:
-                begun.append(key[1:])
+                begun.append((method, sparsity))
             return found
 
     arguments = [*RUN.split(), "--out", str(folder)]
@@ -86,9 +90,14 @@ def test_a_run_goes_on_where_it_stopped(folder, monkeypatch):
     methods.main(arguments)
     content = json.loads(file.read_text())
     records = {as_key(r): r for r in content["records"]}
+    rates = json.loads((folder / "methods-rates.json").read_text())
+    held_out = {r["learning_rate"]: np.mean(r["held_out_accuracy"]) for r in rates["records"]}
+    assert set(held_out) == set(methods.RATES)
+    assert rates["settings"]["images"]["evaluated"] < content["settings"]["images"]["train"]
+    assert {r["learning_rate"] for r in content["records"]} == {max(held_out, key=held_out.get)}
     assert content["records"][:7] == begun_by_then  # untouched
     assert set(begun) == {("imp", 0.7)}
-    pairs = [(m, s) for m in ("global", "rigl", "imp", "imp-reinit") for s in (0.5, 0.7)]
+    pairs = [(m, s) for m in ("magnitude", "rigl", "imp", "imp-reinit") for s in (0.5, 0.7)]
     assert set(records) == {("dense", 0.0), *pairs}
     assert file.with_suffix(".png").stat().st_size > 10_000
     assert "| imp-reinit |" in file.with_suffix(".md").read_text()
@@ -105,7 +114,7 @@ def test_a_run_goes_on_where_it_stopped(folder, monkeypatch):
     with monkeypatch.context() as patch:
         whole = folder / "whole"
         patch.setattr(methods.harness, "OUT", whole)
-        methods.main([*RUN.replace("dense global imp rigl", "imp").split(), "--out", str(whole)])
+        methods.main([*RUN.replace("dense magnitude imp rigl", "imp").split(), "--out", str(whole)])
     again = {as_key(r): r for r in json.loads((whole / "methods.json").read_text())["records"]}
     for key in (("imp", 0.7), ("imp-reinit", 0.7)):
         assert again[key]["test_accuracy"] == records[key]["test_accuracy"]
@@ -116,15 +125,24 @@ def test_a_run_goes_on_where_it_stopped(folder, monkeypatch):
     assert exit_.value.code == 2
 
 
-@pytest.mark.parametrize("method", [name for name, m in METHODS.items() if m.recipe])
-def test_every_recipe_prunes_as_many_weights_as_asked(method, data):
+@pytest.mark.parametrize(
+    ("method", "allocation"),
+    methods.with_allocations(
+        [name for name, m in METHODS.items() if m.recipe], ["erk", "uniform", "global", "lamp"]
+    ),
+)
+def test_every_recipe_prunes_as_many_weights_as_asked(method, allocation, data):
     """Of an MLP whose layers divide unevenly."""
     budget = Budget("mlp", 2, 20, 32, 1e-3)
     images = data._replace(
         train_images=data.train_images[:640], train_labels=data.train_labels[:640]
     )
     sparsity = 0.8333
-    outcome, *_ = methods.train_method(method, sparsity, budget, 10, images, 1)
+    options = {}
+    if method == "proximal-l1":
+        options["strength"] = methods.strength_for(sparsity, budget, 10, images)
+    run = method, allocation, sparsity, budget, 10, images, 1
+    outcome, *_ = methods.train_method(*run, **options)
     assert outcome.zeros.all()
     assert np.isfinite(outcome.losses).all()
     masks = jax.tree.map(lambda m: m[0], outcome.masks)
@@ -135,8 +153,9 @@ def test_every_recipe_prunes_as_many_weights_as_asked(method, data):
     zeros = sum(int((kernel == 0).sum()) for kernel in loop.kernels(params))
     if method == "dense":
         assert summary.kept == summary.weights
-    elif method == "proximal-l1":
+    elif method == "proximal-l1":  # its strength was found for this seed
         assert zeros == summary.weights - summary.kept
+        assert zeros / summary.weights == pytest.approx(sparsity, abs=0.03)
     else:
         rounding = 0 if METHODS[method].family == "" else len(layers) / 2  # each layer rounds
         pruned = summary.weights - summary.kept
@@ -147,7 +166,8 @@ def test_every_recipe_prunes_as_many_weights_as_asked(method, data):
 def test_steps_that_change_no_masks_skip_the_ranking(data):
     """Mapped over seeds, the step count has no seed axis, so that a mask update stays a branch."""
     budget = Budget("mlp", 1, 4, 32, 1e-3)
-    recipe = METHODS["rigl"].recipe(budget, 0.9, **METHODS["rigl"].options)
+    options = METHODS["rigl"].options | {"allocation": recipes.ALLOCATIONS["erk"]}
+    recipe = METHODS["rigl"].recipe(budget, 0.9, **options)
     keys = methods.keys_of(2)
     params = methods.initial("mlp", 10, keys, data.train_images[:1])
 
@@ -169,7 +189,10 @@ def test_steps_that_change_no_masks_skip_the_ranking(data):
 
 
 def test_robustness_in_short(folder):
-    arguments = "--quick --dataset digits --methods global --sparsities 0.9 --seeds 1 --epochs 20"
+    arguments = (
+        "--quick --dataset digits --methods magnitude --allocations global --sparsities 0.9 "
+        "--seeds 1 --epochs 40"
+    )
     robustness.main([*arguments.split(), "--out", str(folder)])
     content = json.loads((folder / "robustness-quick.json").read_text())
     dense, pruned = (r["accuracy"] for r in content["records"])
@@ -226,11 +249,16 @@ def test_attacks_stay_within_their_radius():
 
 
 def test_tables_are_rendered_between_markers(tmp_path, capsys):
-    def result(method, sparsity, accuracy):
+    def result(method, allocation, sparsity, accuracy):
         same = {"network": "mlp", "realised_sparsity": [sparsity] * 2}
+        same |= {"allocation": allocation}
         return same | {"method": method, "sparsity": sparsity, "test_accuracy": accuracy}
 
-    records = [result("dense", 0.0, [0.9, 0.92]), result("magnitude", 0.9, [0.89, 0.93])]
+    records = [
+        result("dense", "", 0.0, [0.9, 0.92]),
+        result("magnitude", "erk", 0.9, [0.89, 0.93]),
+        result("magnitude", "lamp", 0.9, [0.7, 0.7]),
+    ]
     (tmp_path / "methods.json").write_text(json.dumps({"records": records}))
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- table: methods/mlp -->\n<!-- end table -->\nb\n")
@@ -254,6 +282,8 @@ def test_tables_are_rendered_between_markers(tmp_path, capsys):
     with pytest.raises(SystemExit):
         render.main(arguments)
     assert "there is no table 'methods/no'" in capsys.readouterr().err
+    ((*_, erk), (*_, lamp)) = methods.allocations_table(records, "mlp").rows
+    assert (erk, lamp) == ("91.00 ± 2.83", "70.00 ± 0.00")
     claims = methods.claims_table(records, "mlp")
     assert claims.rows == [("magnitude at 90% against dense", "-0.2", "+0.00 ± 1.41", "yes")]
 

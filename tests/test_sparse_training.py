@@ -648,3 +648,29 @@ def test_the_target_is_exact_in_pools_beyond_float32(choose, target):
     budgets = jax.jit(lambda n: plan_at(schedule, n, leaves, choose, pattern).budgets)(10)
     wanted = _masks.plan(leaves, target, allocation=choose, pattern=pattern).budgets
     assert [(int(b.high) << 32) + int(b.low) for b in budgets] == wanted
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradients_are_not_kept_until_the_masks_are_known(packed):
+    """One after the other is made and used up, as in a dense step: temporary memory is no copy of the params."""
+    params = {f"layer_{i}": {"kernel": jnp.zeros((128, 128))} for i in range(24)}
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+
+    def temporary(tx):
+        def loss(params):
+            y = jnp.ones((8, 128))
+            for layer in params.values():
+                y = jnp.tanh(y @ layer["kernel"])
+            return jnp.mean(y)
+
+        def step(params, state):
+            updates, state = tx.update(jax.grad(loss)(params), state, params)
+            return optax.apply_updates(params, updates), state
+
+        given = params, jax.eval_shape(tx.init, params)
+        compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*given).compile()
+        return compiled.memory_analysis().temp_size_in_bytes / size
+
+    adam = optax.adam(1e-3)
+    masks = 0.25 * (1 / 8 if packed else 1)  # of four bytes a weight
+    assert temporary(prunax.prune(adam, 0.9, packed=packed)) < temporary(adam) + masks + 0.1
