@@ -147,3 +147,31 @@ def test_a_bound_method_is_a_function():
     params = {"a": jnp.ones((4, 8)), "b": jnp.ones((8, 2))}
     small = prunax.structured.prune_channels(Scaled(jnp.ones(())).apply, params, X, sparsity=0.5)
     assert small.params["a"].shape == (4, 4)
+
+
+def test_a_module_in_training_mode_is_told_from_one_that_only_predicts():
+    class Normalized(nnx.Module):
+        def __init__(self, rngs):
+            self.hidden = nnx.Linear(4, 8, rngs=rngs)
+            self.norm = nnx.BatchNorm(8, rngs=rngs)
+            self.out = nnx.Linear(8, 2, rngs=rngs)
+
+        def __call__(self, x):
+            return self.out(self.norm(self.hidden(x)))
+
+    model, x = Normalized(nnx.Rngs(0)), jnp.ones((2, 4))
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def in_training(params, x):
+        return nnx.merge(graph, params, rest)(x)
+
+    with pytest.raises(Exception, match="Cannot mutate BatchStat") as error:
+        prunax.structured.prune_channels(in_training, params, x, sparsity=0.5)
+    assert any("model.eval() before nnx.split" in note for note in error.value.__notes__)
+
+    model.eval()
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    pruned = prunax.structured.prune_channels(
+        lambda params, x: nnx.merge(graph, params, rest)(x), params, x, sparsity=0.5
+    )
+    assert pruned.params["hidden"]["kernel"].shape == (4, 4)

@@ -108,7 +108,15 @@ def traced(fn: Callable[..., Any], params: Any, args: tuple[Any, ...]) -> Traced
         return fn(params, *args)
 
     shapes = [abstract(leaves[i]) for i in arrays]
-    jaxpr, out = jax.make_jaxpr(flat, return_shape=True)(*shapes)
+    try:
+        jaxpr, out = jax.make_jaxpr(flat, return_shape=True)(*shapes)
+    except Exception as error:
+        if type(error).__name__ == "TraceContextError":  # of Flax, which need not be installed
+            error.add_note(
+                "prunax: the function changes a module that was made outside of it, as batch statistics and dropout's "
+                "keys are changed in training. Call model.eval() before nnx.split, and in the function nnx.merge."
+            )
+        raise
     return Traced(jaxpr, out, arrays, shapes)
 
 
