@@ -89,39 +89,52 @@ def _sparsity_axis(panel: Any) -> None:
 def save_methods(file: Path, content: Mapping[str, Any], families: Mapping[str, str]) -> None:
     """Draws accuracy against sparsity: a row of panels a network, a panel a family, a line a method.
 
+    All with one allocation; the last panel has magnitude with others.
+
     Args:
         file: the PNG to write.
         content: the results of `methods.py`.
         families: name and title of each panel.
     """
+    from benchmarks.methods import NETWORKS, main_allocation
     from benchmarks.recipes import METHODS
 
     networks = list(dict.fromkeys(r["network"] for r in content["records"]))
     figure = matplotlib.figure.Figure(
-        figsize=(5 * len(families), 4.2 * len(networks)), layout="constrained"
+        figsize=(5 * len(families) + 5, 4.2 * len(networks)), layout="constrained"
     )
-    axes = figure.subplots(len(networks), len(families), squeeze=False, sharey="row")
+    axes = figure.subplots(len(networks), len(families) + 1, squeeze=False, sharey="row")
     for network, row in zip(networks, axes, strict=True):
         of_network = [r for r in content["records"] if r["network"] == network]
         dense = [np.mean(r["test_accuracy"]) for r in of_network if r["method"] == "dense"]
-        for (family, title), panel in zip(families.items(), row, strict=True):
+        panels = {
+            title: {
+                name: [r for r in of_network if r["method"] == name and main_allocation(r)]
+                for name, method in METHODS.items()
+                if method.family == family
+            }
+            for family, title in families.items()
+        }
+        panels["Magnitude, allocations"] = {
+            name: [r for r in of_network if (r["method"], r["allocation"]) == ("magnitude", name)]
+            for name in METHODS["magnitude"].allocations
+        }
+        for (title, lines), panel in zip(panels.items(), row, strict=True):
             for level in dense:
                 panel.axhline(100 * level, color="0.4", linestyle="--", linewidth=1, label="dense")
-            names = [name for name, method in METHODS.items() if method.family == family]
-            for i, name in enumerate(names):
+            for i, (name, records) in enumerate(lines.items()):
                 points = sorted(
                     (
                         np.mean(r["realised_sparsity"]),
                         100 * np.mean(r["test_accuracy"]),
                         100 * np.std(r["test_accuracy"], ddof=len(r["test_accuracy"]) > 1),
                     )
-                    for r in of_network
-                    if r["method"] == name
+                    for r in records
                 )
                 if not points:
                     continue
                 _line(panel, i, name, *np.array(points).T)
-            panel.set_title(f"{network}: {title}", fontsize="medium")
+            panel.set_title(f"{NETWORKS[network]}: {title}", fontsize="medium")
             _sparsity_axis(panel)
             if panel.get_legend_handles_labels()[0]:
                 panel.legend(fontsize="small", loc="lower left")
@@ -142,9 +155,11 @@ def save_robustness(file: Path, content: Mapping[str, Any]) -> None:
         file: the PNG to write.
         content: the results of `robustness.py`.
     """
+    from benchmarks.robustness import label
+
     records = content["records"]
     kinds = list(records[0]["accuracy"])
-    names = list(dict.fromkeys(r["method"] for r in records if r["method"] != "dense"))
+    names = list(dict.fromkeys(label(r) for r in records if r["method"] != "dense"))
     figure = matplotlib.figure.Figure(figsize=(14, 6.5), layout="constrained")
     axes = figure.subplots(2, (len(kinds) + 1) // 2, squeeze=False)
     for kind, panel in zip(kinds, axes.flat, strict=False):
@@ -155,7 +170,7 @@ def save_robustness(file: Path, content: Mapping[str, Any]) -> None:
                 panel.axhline(level, color="0.4", linestyle="--", linewidth=1, label="dense")
         for i, name in enumerate(names):
             of_method = sorted(
-                (r for r in records if r["method"] == name), key=lambda r: r["sparsity"]
+                (r for r in records if label(r) == name), key=lambda r: r["sparsity"]
             )
             points = [
                 (r["sparsity"], 100 * np.mean(v := r["accuracy"][kind]), 100 * np.std(v))

@@ -1,11 +1,12 @@
 """The figures of the README: one row of each benchmark, from its results file, with the command beside it."""
 
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import accelerator, harness
+from benchmarks import accelerator, harness, methods
 from benchmarks.zoo import __main__ as zoo
 
 Row = tuple[str, str, str, str]
@@ -48,17 +49,16 @@ def _overhead(content: Mapping[str, Any]) -> Sequence[tuple[str, str, str]]:
 
 
 def _methods(content: Mapping[str, Any]) -> Sequence[tuple[str, str, str]]:
-    def accuracy(name: str, sparsity: float) -> str:
-        for r in content["records"]:
-            if (r["network"], r["method"], r["sparsity"]) == ("mlp", name, sparsity):
-                return f"{100 * sum(r['test_accuracy']) / len(r['test_accuracy']):.2f}"
-        return "-"
-
+    found = {
+        (r["method"], r["sparsity"]): f"{100 * statistics.mean(r['test_accuracy']):.2f}"
+        for r in content["records"]
+        if r["network"] == "mlp" and methods.main_allocation(r)
+    }
     what = "Fashion-MNIST, LeNet-300-100, nine weights in ten pruned, accuracy %"
-    dense = next(r for r in content["records"] if r["method"] == "dense" and r["network"] == "mlp")
-    mean = 100 * sum(dense["test_accuracy"]) / len(dense["test_accuracy"])
-    prunax = f"{accuracy('global', 0.9)} gradual, {accuracy('imp', 0.9)} lottery ticket"
-    return [(what, prunax, f"dense {mean:.2f}, random masks {accuracy('random', 0.9)}")]
+    ours = {"gradual": "magnitude", "lottery ticket": "imp"}
+    prunax = ", ".join(f"{found.get((m, 0.9), '-')} {name}" for name, m in ours.items())
+    beside = f"dense {found['dense', 0.0]}, random masks {found.get(('static', 0.9), '-')}"
+    return [(what, prunax, beside)]
 
 
 def _llm(content: Mapping[str, Any]) -> Sequence[tuple[str, str, str]]:

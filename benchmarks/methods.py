@@ -1,7 +1,10 @@
 """Compares sparse training methods: networks x methods x sparsities x seeds, on real images.
 
 Every run of one network has the same steps, batches, learning rates and initial weights; only lottery tickets train
-more than once. Each result is written as soon as it is there, and the same command goes on where it stopped.
+more than once. All methods share sparsity out among layers alike (Erdős-Rényi), but for those that leave it to
+a penalty; a second table has other allocations. The learning rate is chosen on held-out training images for dense
+training alone, and given to all. For each sparsity the strength of the L1 penalty is searched for in short trainings of
+one seed. Each result is written as soon as it is there, and the same command goes on where it stopped.
 """
 
 import argparse
@@ -32,16 +35,14 @@ EXAMPLES = """\
 examples:
   python -m benchmarks.methods --quick
   python -m benchmarks.methods --out benchmarks/results
-  python -m benchmarks.methods --long --out benchmarks/results
   python -m benchmarks.methods --network mlp --methods rigl set static --sparsities 0.98
 """
-SPARSITIES = (0.8, 0.9, 0.95, 0.98, 0.99)
-NETWORKS = {"mlp": "LeNet-300-100", "lenet5": "LeNet-5"}
-# Chosen on held-out images: dense training does as well at half the rate, sparse training less well.
-LEARNING_RATES = {"mlp": 4e-3, "lenet5": 4e-3}
+SPARSITIES = (0.9, 0.95, 0.98)
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+NETWORKS = {"mlp": "LeNet-300-100", "lenet5": "LeNet-5", "resnet": "ResNet"}
 QUICK = {
     "network": ["mlp"],
-    "methods": "dense static magnitude global erk one-shot straight-through proximal-l1 rigl snip".split(),
+    "methods": "dense static magnitude one-shot straight-through proximal-l1 rigl snip".split(),
     "sparsities": [0.9, 0.98],
     "seeds": 2,
 }
@@ -49,17 +50,25 @@ FULL = {
     "network": list(NETWORKS),
     "methods": list(METHODS),
     "sparsities": list(SPARSITIES),
-    "seeds": 3,
-}
-# What the expectations are about, with as much training as sparse networks need to catch up.
-LONG = {
-    "network": ["mlp"],
-    "methods": "dense magnitude global erk static set rigl".split(),
-    "sparsities": [0.9, 0.95, 0.98],
-    "seeds": 3,
+    "seeds": 5,
 }
 # How many training images a run sees, one by one. Convolutions cost more.
-IMAGES = {"mlp": 600_000, "lenet5": 300_000}
+IMAGES = {"mlp": 600_000, "lenet5": 300_000, "resnet": 120_000}
+# Networks that draw lottery tickets: two epochs of the ResNet leave no early one to rewind to.
+TICKETS = "mlp", "lenet5"
+# Training images whose statistics batch normalisation takes for testing.
+SEEN = 2000
+# Which of two methods one expects to be the more accurate at 98%.
+ORDERS = (
+    ("magnitude", "one-shot"),
+    ("magnitude", "random"),
+    ("rigl", "set"),
+    ("set", "static"),
+    ("snip", "static"),
+    ("imp", "imp-reinit"),
+)
+# Between which the L1 penalty that gives a sparsity is looked for, relative to the learning rate.
+STRENGTHS = 0.01, 100.0
 
 
 class Outcome(NamedTuple):
@@ -199,11 +208,47 @@ def compile_(function: Callable[..., Any], *args: Any) -> Any:
     return jax.jit(function).lower(*args).compile(compiler_options=options)
 
 
+def with_allocations(methods: Sequence[str], allocations: Sequence[str]) -> list[tuple[str, str]]:
+    """Methods with each of their allocations that is among those given; "" for methods without."""
+    return [
+        (method, name)
+        for method in methods
+        for name in METHODS[method].allocations or ("",)
+        if name in ("", *allocations)
+    ]
+
+
+def lotteries(network: str, pairs: Sequence[tuple[str, str]]) -> list[str]:
+    """The allocations with which a network draws lottery tickets."""
+    names = dict.fromkeys(name for method, name in pairs if METHODS[method].recipe is None)
+    return list(names) if network in TICKETS else []
+
+
 def train_method(
-    method: str, sparsity: float, budget: Budget, classes: int, data: loop.Data, seeds: int
+    method: str,
+    allocation: str,
+    sparsity: float,
+    budget: Budget,
+    classes: int,
+    data: loop.Data,
+    seeds: int,
+    **options: Any,
 ) -> tuple[Outcome, float, float]:
-    """All seeds of a method at a sparsity. Returns them, the seconds of the training and of the compilation."""
-    recipe = METHODS[method].recipe(budget, sparsity, **METHODS[method].options)
+    """All seeds of a method at a sparsity. Returns them, the seconds of the training and of the compilation.
+
+    Args:
+        method: a name in `METHODS`.
+        allocation: one of its allocations; "" for a method without.
+        sparsity: the target.
+        budget: what all methods have in common.
+        classes: number of labels.
+        data: images and labels.
+        seeds: how many.
+        **options: of the recipe, besides the method's own.
+    """
+    if allocation:
+        options["allocation"] = recipes.ALLOCATIONS[allocation]
+    recipe = METHODS[method].recipe(budget, sparsity, **METHODS[method].options, **options)
 
     def all_seeds(params: PyTree, keys: jax.Array, data: loop.Data) -> Outcome:
         return each_seed(
@@ -219,6 +264,70 @@ def train_method(
     return outcome, time.perf_counter() - between, between - begin
 
 
+def choose_rate(
+    results: harness.Results,
+    budget: Budget,
+    classes: int,
+    data: loop.Data,
+    seeds: int,
+    on_start: Callable[[str], None] = lambda what: None,
+) -> float:
+    """The learning rate with which dense training is most accurate on images it has not seen.
+
+    Among `RATES`, and twice and half of the best for as long as that is the first or the last.
+
+    Args:
+        results: by network and learning rate: what is done.
+        budget: of each training.
+        classes: number of labels.
+        data: training images, and others in the place of test images.
+        seeds: how many.
+        on_start: told what is about to run.
+    """
+    found: dict[float, float] = {}
+    todo = list(RATES)
+    while todo:
+        for rate in todo:
+            if not (done := results.find(budget.network, rate)):
+                on_start(f"{budget.network} dense, rate {rate:g}")
+                of_rate = budget._replace(learning_rate=rate)
+                outcome, *_ = train_method("dense", "", 0.0, of_rate, classes, data, seeds)
+                evaluated = data.test_images, data.test_labels, data.train_images[:SEEN]
+                accuracies = accuracy(budget.network, classes, outcome.params, *evaluated)
+                done = {
+                    "network": budget.network,
+                    "learning_rate": rate,
+                    "held_out_accuracy": _numbers(accuracies),
+                }
+                results.add(done)
+            found[rate] = statistics.mean(done["held_out_accuracy"])
+        best = max(found, key=found.__getitem__)
+        todo = [r for r, edge in ((2 * best, max), (best / 2, min)) if best == edge(found)]
+    return best
+
+
+def strength_for(sparsity: float, budget: Budget, classes: int, data: loop.Data) -> float:
+    """The strength of `proximal_l1` that drives a share of seed 0's weights to zero, bisected."""
+    end = METHODS["proximal-l1"].options["end"]
+    (key,) = keys_of(1)
+    params = jax.tree.map(
+        lambda leaf: leaf[0], initial(budget.network, classes, keys_of(1), data.train_images[:1])
+    )
+    epochs = math.ceil(end * budget.epochs)  # no weight becomes zero afterwards
+
+    def realised(strength: jax.Array, params: PyTree, data: loop.Data) -> jax.Array:
+        recipe = recipes.proximal_l1(budget, sparsity, end=end, strength=strength)
+        return loop.sparsity(train(recipe, budget, classes, data, params, None, key, epochs).params)
+
+    program = compile_(realised, jnp.float32(1), params, data)
+    low, high = STRENGTHS
+    for _ in range(9):
+        middle = math.sqrt(low * high)
+        more = program(jnp.float32(middle), params, data) < sparsity
+        low, high = (middle, high) if more else (low, middle)
+    return math.sqrt(low * high)
+
+
 def lottery(
     sparsities: Sequence[float],
     budget: Budget,
@@ -227,6 +336,7 @@ def lottery(
     seeds: int,
     *,
     rewind: float,
+    allocation: Any,
     tickets: Mapping[float, Sequence[prunax.lottery.Ticket]] | None = None,
 ) -> Iterator[tuple[float, list[prunax.lottery.Ticket], dict[str, Outcome], float]]:
     """Iterative magnitude pruning through a list of sparsities, in rounds of about 20%.
@@ -238,6 +348,7 @@ def lottery(
         data: images and labels.
         seeds: how many.
         rewind: the fraction of the training to rewind to, in whole epochs.
+        allocation: shares each round's sparsity out.
         tickets: those of earlier calls, by sparsity: the last one is gone on from.
 
     Yields:
@@ -289,7 +400,7 @@ def lottery(
                     rounds=0 if ticket is None else 1,
                     fraction=fraction,
                     resume=resume,
-                    allocation=prunax.allocation.global_ranking,
+                    allocation=allocation,
                 )
             outcomes.append(last[0])
             now.append(ticket)
@@ -319,8 +430,9 @@ def _unstack(tree: PyTree, count: int) -> list[PyTree]:
 
 
 def record(
-    network: str,
+    budget: Budget,
     method: str,
+    allocation: str,
     sparsity: float,
     outcome: Outcome,
     data: loop.Data,
@@ -328,8 +440,9 @@ def record(
     seconds: float,
     trainings: int = 1,
 ) -> dict[str, Any]:
-    """What is kept of an outcome with a leading axis of seeds."""
-    evaluate = functools.partial(accuracy, network, classes, outcome.params)
+    """What is kept of an outcome with a leading axis of seeds. Training accuracy is that of 10,000 images."""
+    seen = data.train_images[:SEEN]
+    evaluate = functools.partial(accuracy, budget.network, classes, outcome.params, seen=seen)
     layers, sizes, fan_in = {}, {}, {}
     named = zip(prunax.trees.paths(outcome.masks), jax.tree.leaves(outcome.masks), strict=True)
     for name, mask in named:
@@ -340,12 +453,16 @@ def record(
             fan_in[name] = np.asarray(mask).sum(tuple(range(1, mask.ndim - 1))).max(-1).tolist()
     total = sum(sizes.values())
     return {
-        "network": network,
+        "network": budget.network,
         "method": method,
+        "allocation": allocation,
         "sparsity": sparsity,
+        "learning_rate": budget.learning_rate,
         "options": METHODS[method].options,
         "test_accuracy": _numbers(evaluate(data.test_images, data.test_labels)),
-        "train_accuracy": _numbers(evaluate(data.train_images, data.train_labels)),
+        "train_accuracy": _numbers(
+            evaluate(data.train_images[:10_000], data.train_labels[:10_000])
+        ),
         "realised_sparsity": _numbers(sum(layers.values()) / total),
         "layer_sparsity": {name: _numbers(n / sizes[name]) for name, n in layers.items()},
         "layer_weights": sizes,
@@ -362,16 +479,28 @@ def _numbers(values: Any) -> list[float]:
 
 
 class Results(harness.Results):
-    """Results by network, method and sparsity, for as long as the method's options stay the same."""
+    """Results by network, method, allocation and sparsity, for as long as a method's options stay the same."""
 
     def __init__(
         self, path: Path, settings: Mapping[str, Any], command: str = "python -m benchmarks.methods"
     ) -> None:
-        super().__init__(path, settings, command, ("network", "method", "sparsity"))
+        super().__init__(path, settings, command, ("network", "method", "allocation", "sparsity"))
 
-    def find(self, network: str, method: str, sparsity: float) -> dict[str, Any] | None:
-        """The result of a method at a sparsity, unless its options have changed since."""
-        found = super().find(network, method, sparsity)
+    def find(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, budget: Budget, method: str, allocation: str, sparsity: float
+    ) -> dict[str, Any] | None:
+        """The result of a row at a sparsity, unless its options have changed since.
+
+        Raises:
+            ValueError: the file holds results of the network with another learning rate.
+        """
+        rates = {r["learning_rate"] for r in self.records if r["network"] == budget.network}
+        if rates - {budget.learning_rate}:
+            raise ValueError(
+                f"{self.path} holds results of {budget.network} with learning rate {rates}, not "
+                f"{budget.learning_rate}. Pass another --out, or move it away."
+            )
+        found = super().find(budget.network, method, allocation, sparsity)
         options = json.loads(json.dumps(METHODS[method].options))
         return found if found and found["options"] == options else None
 
@@ -380,8 +509,8 @@ def compare(
     results: Results,
     data: loop.Data,
     classes: int,
-    budgets: Mapping[str, Budget],
-    methods: Sequence[str],
+    budgets: Sequence[Budget],
+    pairs: Sequence[tuple[str, str]],
     sparsities: Sequence[float],
     seeds: int,
     tickets: Path | None = None,
@@ -395,31 +524,42 @@ def compare(
         data: images and labels.
         classes: number of labels.
         budgets: one a network.
-        methods: names in `METHODS`.
+        pairs: methods and their allocations.
         sparsities: in increasing order. Dense training ignores them.
         seeds: how many.
         tickets: folder in which lottery tickets are kept to go on from.
         on_start: told what is about to run.
         on_result: told each result, old ones too.
     """
-    for network, budget in budgets.items():
-        for method in methods:
+    for budget in budgets:
+        for method, name in pairs:
             if METHODS[method].recipe is None:
                 continue
             for sparsity in [0.0] if method == "dense" else sparsities:
-                if not (found := results.find(network, method, sparsity)):
-                    on_start(f"{network} {method} {sparsity:g}")
+                if not (found := results.find(budget, method, name, sparsity)):
+                    on_start(f"{budget.network} {method} {name} {sparsity:g}")
+                    options = {}
+                    if method == "proximal-l1":
+                        options["strength"] = strength_for(sparsity, budget, classes, data)
                     outcome, seconds, compile_seconds = train_method(
-                        method, sparsity, budget, classes, data, seeds
+                        method, name, sparsity, budget, classes, data, seeds, **options
                     )
-                    found = record(network, method, sparsity, outcome, data, classes, seconds) | {
-                        "compile_seconds": round(compile_seconds, 1)
-                    }
+                    found = record(budget, method, name, sparsity, outcome, data, classes, seconds)
+                    found |= {"compile_seconds": round(compile_seconds, 1), **options}
                     results.add(found)
                 on_result(found)
-        if any(METHODS[method].recipe is None for method in methods):
+        for name in lotteries(budget.network, pairs):
             _draw_tickets(
-                results, data, classes, budget, sparsities, seeds, tickets, on_start, on_result
+                results,
+                data,
+                classes,
+                budget,
+                name,
+                sparsities,
+                seeds,
+                tickets,
+                on_start,
+                on_result,
             )
 
 
@@ -428,6 +568,7 @@ def _draw_tickets(
     data: loop.Data,
     classes: int,
     budget: Budget,
+    allocation: str,
     sparsities: Sequence[float],
     seeds: int,
     folder: Path | None,
@@ -437,25 +578,32 @@ def _draw_tickets(
     """Both lottery methods on one network, from the last sparsity that is done."""
     network, names = budget.network, ("imp", "imp-reinit")
     todo = list(sparsities)
-    while todo and all(results.find(network, name, todo[0]) for name in names):
+    while todo and all(results.find(budget, name, allocation, todo[0]) for name in names):
         for name in names:
-            on_result(results.find(network, name, todo[0]))
+            on_result(results.find(budget, name, allocation, todo[0]))
         todo.pop(0)
     if not todo:
         return
     done = [s for s in sparsities if s < todo[0]]
-    file = None if folder is None else folder / f"{network}.npz"
-    label = {"settings": results.settings, "sparsity": done[-1] if done else None}
+    file = None if folder is None else folder / f"{network}-{allocation}.npz"
+    rate = budget.learning_rate
+    label = {
+        "settings": results.settings,
+        "learning_rate": rate,
+        "allocation": allocation,
+        "options": dict(METHODS["imp"].options),
+        "sparsities": list(sparsities),
+    }
     tickets = None
     if done and file is not None:
         model = models.MODELS[network](classes)
         params = jax.eval_shape(
             lambda x: models.init(model, jax.random.key(0), x), data.train_images
         )
-        loaded = _load_tickets(file, label, params, seeds)
+        loaded = _load_tickets(file, {**label, "sparsity": done[-1]}, params, seeds)
         tickets = {done[-1]: loaded} if loaded else None
     chain = todo if tickets or not done else list(sparsities)
-    on_start(f"{network} imp {chain[0]:g}")
+    on_start(f"{network} imp {allocation} {chain[0]:g}")
     trainings = 1
     for sparsity, now, found, seconds in lottery(
         chain,
@@ -464,13 +612,15 @@ def _draw_tickets(
         data,
         seeds,
         rewind=METHODS["imp"].options["rewind"],
+        allocation=recipes.ALLOCATIONS[allocation],
         tickets=tickets,
     ):
         trainings = _rounds_to(sparsities, sparsity)
         new = [
             record(
-                network,
+                budget,
                 name,
+                allocation,
                 sparsity,
                 outcome,
                 data,
@@ -486,7 +636,7 @@ def _draw_tickets(
         for one in new:
             if sparsity in todo:
                 on_result(one)
-        on_start(f"{network} imp, after {sparsity:g}")
+        on_start(f"{network} imp {allocation}, after {sparsity:g}")
 
 
 def _rounds_to(sparsities: Sequence[float], sparsity: float) -> int:
@@ -524,10 +674,16 @@ def _load_tickets(
     return [prunax.lottery.Ticket(0, label["sparsity"], masks, params) for masks, params in trees]
 
 
+def main_allocation(record: Mapping[str, Any]) -> bool:
+    """Whether a record is of a method that there is, and has the allocation of all methods, or none."""
+    method = METHODS.get(record["method"])
+    return method is not None and record["allocation"] in ("", *method.allocations[:1])
+
+
 def accuracy_table(records: Sequence[Mapping[str, Any]], network: str) -> harness.Table:
-    """Test accuracy of each method at each sparsity: mean and standard deviation over the seeds, in %."""
-    of_network = [r for r in records if r["network"] == network]
-    sparsities = sorted({r["sparsity"] for r in of_network if r["method"] != "dense"})
+    """Test accuracy of each method at each sparsity, all with one allocation: in %, over the seeds."""
+    of_network = [r for r in records if r["network"] == network and main_allocation(r)]
+    sparsities = sorted({r["sparsity"] for r in of_network if r["method"] != "dense"}) or [0.0]
     rows = []
     for method in METHODS:
         found = {r["sparsity"]: r for r in of_network if r["method"] == method}
@@ -545,6 +701,38 @@ def accuracy_table(records: Sequence[Mapping[str, Any]], network: str) -> harnes
     )
 
 
+def allocations_table(records: Sequence[Mapping[str, Any]], network: str) -> harness.Table:
+    """Test accuracy of the methods that were run with several allocations, in %."""
+    found = {
+        (r["method"], r["allocation"], r["sparsity"]): r
+        for r in records
+        if r["network"] == network and r["allocation"]
+    }
+    sparsities = sorted({sparsity for *_, sparsity in found})
+    rows = [
+        (method, name, *(_cell(found.get((method, name, s))) for s in sparsities))
+        for method in METHODS
+        for name in METHODS[method].allocations
+        if len({n for m, n, _ in found if m == method}) > 1
+        and any((method, name, s) in found for s in sparsities)
+    ]
+    columns = "method", "allocation", *(f"{s:.0%}" for s in sparsities)
+    return harness.Table(columns, rows, text=2, title=f"{NETWORKS[network]}: allocations")
+
+
+def rates_tables(content: Mapping[str, Any]) -> dict[str, harness.Table]:
+    """Accuracy of dense training at each learning rate, in %: on held-out training images."""
+    found = {(r["network"], r["learning_rate"]): r["held_out_accuracy"] for r in content["records"]}
+    rates = sorted({rate for _, rate in found})
+    rows = [
+        (NETWORKS[n], *(harness.spread(found[n, r]) if (n, r) in found else "" for r in rates))
+        for n in NETWORKS
+        if any(network == n for network, _ in found)
+    ]
+    columns = "network", *(f"{rate:g}" for rate in rates)
+    return {"methods-rates": harness.Table(columns, rows, title="Dense, learning rates")}
+
+
 def _cell(record: Mapping[str, Any] | None) -> str:
     if record is None:
         return ""
@@ -556,30 +744,28 @@ def _cell(record: Mapping[str, Any] | None) -> str:
 
 def claims_table(records: Sequence[Mapping[str, Any]], network: str) -> harness.Table:
     """What one expects of the methods, and what was found: differences seed by seed, in points."""
-    found = {(r["method"], r["sparsity"]): r for r in records if r["network"] == network}
+    found = {
+        (r["method"], r["sparsity"]): r
+        for r in records
+        if r["network"] == network and main_allocation(r)
+    }
     pairs = [
         (("magnitude", 0.9), ("dense", 0.0), -0.2),
-        (("global", 0.95), ("dense", 0.0), -0.2),
-        (("erk", 0.98), ("dense", 0.0), -0.7),
-        (("global", 0.98), ("dense", 0.0), -0.7),
-        (("rigl", 0.98), ("set", 0.98), 0.0),
-        (("rigl-deflated", 0.98), ("set", 0.98), 0.0),
-        (("set", 0.98), ("static", 0.98), 0.0),
-        *((("imp", s), ("imp-reinit", s), 0.0) for s in (0.95, 0.98, 0.99)),
-        *((("proximal-l1", s), ("dense", 0.0), -1.0) for s in (0.8, 0.9)),
+        (("magnitude", 0.98), ("dense", 0.0), -0.7),
+        (("proximal-l1", 0.9), ("dense", 0.0), -1.0),
+        *(((one, 0.98), (other, 0.98), 0.0) for one, other in ORDERS),
     ]
     rows = []
     for one, other, least in pairs:
         if one not in found or other not in found:
             continue
         a, b = found[one], found[other]
+        if abs(statistics.mean(a["realised_sparsity"]) - a["sparsity"]) > 0.01:
+            continue  # where a penalty decides, and missed
         differences = [x - y for x, y in zip(a["test_accuracy"], b["test_accuracy"], strict=True)]
-        sparsity = min(a["realised_sparsity"])
-        if one[0] == "proximal-l1" and sparsity < 0.8:
-            continue  # the penalty drove too few weights to zero to say anything
         rows.append(
             (
-                f"{one[0]} at {sparsity:.0%} against {other[0]}",
+                f"{one[0]} at {statistics.mean(a['realised_sparsity']):.0%} against {other[0]}",
                 f"{least:+.1f}",
                 harness.spread(differences, "+.2f"),
                 "yes" if 100 * statistics.mean(differences) >= least else "no",
@@ -593,7 +779,7 @@ def fan_in_table(records: Sequence[Mapping[str, Any]], network: str) -> harness.
     """How unevenly connections are dealt out: the most that one output unit has, and the mean."""
     rows = []
     for r in records:
-        if r["network"] == network and r["method"] in ("static", "set", "rigl", "rigl-deflated"):
+        if r["network"] == network and r["method"] in ("static", "set", "rigl", "rigl-published"):
             layer, largest = next(iter(sorted(r.get("largest_fan_in", {}).items())), (None, None))
             if layer is None:
                 continue
@@ -604,19 +790,21 @@ def fan_in_table(records: Sequence[Mapping[str, Any]], network: str) -> harness.
     return harness.Table(columns, rows, title=f"{NETWORKS[network]}: where connections are")
 
 
-def tables(content: Mapping[str, Any], stem: str = "methods") -> dict[str, harness.Table]:
-    """All tables of a results file of a stem, by the name that `render.py` knows them by."""
+def tables(content: Mapping[str, Any]) -> dict[str, harness.Table]:
+    """All tables of a results file, by the name that `render.py` knows them by."""
     records = content["records"]
     named = {}
     for network in NETWORKS:
         if any(r["network"] == network for r in records):
-            named[f"{stem}/{network}"] = accuracy_table(records, network)
-            claims = claims_table(records, network)
-            if claims.rows:
-                named[f"{stem}/{network}/claims"] = claims
-            fan_in = fan_in_table(records, network)
-            if fan_in.rows:
-                named[f"{stem}/{network}/fan-in"] = fan_in
+            named[f"methods/{network}"] = accuracy_table(records, network)
+            more = {
+                "allocations": allocations_table(records, network),
+                "claims": claims_table(records, network),
+                "fan-in": fan_in_table(records, network),
+            }
+            named |= {
+                f"methods/{network}/{name}": table for name, table in more.items() if table.rows
+            }
     return named
 
 
@@ -624,76 +812,100 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line. Exits with code 2 and one line on a bad argument."""
     parser = _parser()
     args = parser.parse_args(sys.argv[1:] if arguments is None else list(arguments))
-    length = "quick" if args.quick else "long" if args.long else "full"
-    for name, value in {"quick": QUICK, "full": FULL, "long": LONG}[length].items():
+    for name, value in (QUICK if args.quick else FULL).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     console = rich.console.Console()
     begin = time.perf_counter()
     dataset = load(args.dataset, console)
-    if args.validation:
-        dataset = datasets.hold_out(dataset)
-    budgets = {
-        network: budget_for(network, dataset, args.epochs, length) for network in args.network
-    }
-    one = budgets[args.network[0]]
-    settings = {
-        "dataset": dataset.name,
-        "images": {"train": len(dataset.train_labels), "evaluated": len(dataset.test_labels)},
-        "validation": args.validation,
-        "epochs": {n: budget_for(n, dataset, args.epochs, length).epochs for n in NETWORKS},
-        "batch_size": one.batch_size,
-        "learning_rates": LEARNING_RATES,
-        "seeds": list(range(args.seeds)),
-    }
-    stem = "methods" if length == "full" else f"methods-{length}"
+    held_out = datasets.hold_out(dataset)
+    evaluated = held_out if args.validation else dataset
+    budgets, budgets_held_out = (
+        {n: budget_for(n, d, args.epochs, args.quick) for n in NETWORKS}
+        for d in (evaluated, held_out)
+    )
+
+    def settings(d: datasets.Dataset, each: Mapping[str, Budget]) -> dict[str, Any]:
+        return {
+            "dataset": d.name,
+            "images": {"train": len(d.train_labels), "evaluated": len(d.test_labels)},
+            "validation": args.validation,
+            "epochs": {n: b.epochs for n, b in each.items()},
+            "batch_size": each["mlp"].batch_size,
+            "seeds": list(range(args.seeds)),
+        }
+
+    stem = "methods-quick" if args.quick else "methods"
     stem += "-validation" if args.validation else ""
     try:
-        results = Results(args.out / f"{stem}.json", settings)
+        results = Results(args.out / f"{stem}.json", settings(evaluated, budgets))
+        rates = harness.Results(
+            args.out / f"{stem}-rates.json",
+            settings(held_out, budgets_held_out),
+            results.command,
+            ("network", "learning_rate"),
+        )
     except ValueError as error:
         parser.error(str(error))
     sparsities = sorted(args.sparsities)
-    total = len(args.network) * sum(
-        1 if m == "dense" else len(sparsities) * (2 if METHODS[m].recipe is None else 1)
-        for m in dict.fromkeys("imp" if m == "imp-reinit" else m for m in args.methods)
-    )
+    todo = with_allocations(args.methods, args.allocations)
+    if not todo:
+        parser.error(f"none of {', '.join(args.methods)} is run with {', '.join(args.allocations)}")
+    once = [method for method, _ in todo if METHODS[method].recipe is not None]
+    total = len(args.network) * sum(1 if m == "dense" else len(sparsities) for m in once)
+    total += sum(2 * len(sparsities) * len(lotteries(n, todo)) for n in args.network)
+    arrays, held_out_arrays = (loop.Data(*map(jnp.asarray, d[1:5])) for d in (evaluated, held_out))
     with harness.progress(console) as progress:
         task = progress.add_task("methods", total=total, note="")
-        compare(
-            results,
-            loop.Data(*map(jnp.asarray, dataset[1:5])),
-            dataset.num_classes,
-            budgets,
-            args.methods,
-            sparsities,
-            args.seeds,
-            harness.OUT / "tickets",
-            on_start=lambda what: progress.update(task, note=what),
-            on_result=lambda _: progress.update(task, advance=1),
-        )
+        note = functools.partial(progress.update, task)
+        for network in args.network:
+            rate = args.learning_rate or choose_rate(
+                rates,
+                budgets_held_out[network],
+                dataset.num_classes,
+                held_out_arrays,
+                args.seeds,
+                lambda what: note(note=what),
+            )
+            try:
+                compare(
+                    results,
+                    arrays,
+                    dataset.num_classes,
+                    [budgets[network]._replace(learning_rate=rate)],
+                    todo,
+                    sparsities,
+                    args.seeds,
+                    harness.OUT / "tickets",
+                    on_start=lambda what: note(note=what),
+                    on_result=lambda _: progress.update(task, advance=1),
+                )
+            except ValueError as error:
+                parser.error(str(error))
 
     content = results.content
     kind = "held-out training" if args.validation else "test"
     head = (
         f"Methods on {dataset.name}\n\nWritten by `{content['command']}`: mean ± standard deviation of "
-        f"{args.seeds} seeds on {len(dataset.test_labels)} {kind} images, "
-        f"{', '.join(f'{NETWORKS[n]} after {b.epochs} epochs' for n, b in budgets.items())}."
+        f"{args.seeds} seeds on {len(evaluated.test_labels)} {kind} images, "
+        f"{', '.join(f'{NETWORKS[n]} after {budgets[n].epochs} epochs' for n in args.network)}."
     )
     harness.publish(results.path, head, content, tables, console)
+    if rates.records:
+        console.print(*rates_tables(rates.content).values())
     figures.save_methods(results.path.with_suffix(".png"), content, recipes.FAMILIES)
     console.print(f"{time.perf_counter() - begin:.0f} s in all, compilation included.")
 
 
 def budget_for(
-    network: str, dataset: datasets.Dataset, epochs: int | None, length: str = "full"
+    network: str, dataset: datasets.Dataset, epochs: int | None, quick: bool = False
 ) -> Budget:
-    """As many epochs as see `IMAGES`, a fifth of it (quick) or thrice it (long), unless a number is given."""
+    """As many epochs as see `IMAGES`, a fifth of it where quick, unless a number is given; no learning rate yet."""
     count = len(dataset.train_labels)
     batch_size = 128 if count > 10_000 else 32
-    images = IMAGES[network] * {"quick": 0.2, "full": 1, "long": 3}[length]
+    images = IMAGES[network] * (0.2 if quick else 1)
     epochs = epochs or max(round(images / count), 1)
-    steps = loop.steps_per_epoch(count, batch_size)
-    return Budget(network, epochs, steps, batch_size, LEARNING_RATES[network])
+    return Budget(network, epochs, loop.steps_per_epoch(count, batch_size), batch_size, math.nan)
 
 
 def load(name: str, console: rich.console.Console) -> datasets.Dataset:
@@ -712,20 +924,23 @@ def _parser() -> argparse.ArgumentParser:
     parser = harness.parser("methods", __doc__, f"{EXAMPLES}\nmethods:\n{methods}")
     add = parser.add_argument
     add("--quick", action="store_true", help="few methods and sparsities, short training")
-    add(
-        "--long",
-        action="store_true",
-        help="what the expectations are about, trained thrice as long",
-    )
     add("--dataset", default="fashion_mnist", help="(fashion_mnist; digits where it is not there)")
     add("--network", nargs="+", choices=NETWORKS, help="(all)")
     add("--methods", nargs="+", choices=METHODS, metavar="NAME", help="(all)")
-    add("--sparsities", nargs="+", type=float, help=f"({' '.join(map(str, SPARSITIES))})")
-    add("--seeds", type=int, help="how many (3)")
     add(
-        "--epochs",
-        type=int,
-        help="of each run (what sees 600,000 images, half of it with LeNet-5)",
+        "--allocations",
+        nargs="+",
+        choices=recipes.ALLOCATIONS,
+        default=list(recipes.ALLOCATIONS),
+        help="each method with those of them that it is compared at (all)",
+    )
+    add("--sparsities", nargs="+", type=float, help=f"({' '.join(map(str, SPARSITIES))})")
+    add("--seeds", type=int, help="how many (5)")
+    add("--epochs", type=int, help="of each run (what sees 600,000 images, less of convolutions)")
+    add(
+        "--learning-rate",
+        type=float,
+        help=f"of all runs (the best of {', '.join(map(str, RATES))} for dense training on held-out images)",
     )
     add("--validation", action="store_true", help="hold out training images and evaluate on them")
     return parser

@@ -124,6 +124,12 @@ def through(params: PyTree) -> PyTree:
     return prunax.straight_through(params, prunax.compute_masks(params, 0.9))
 
 
+def under_fixed_masks(network: Network) -> Callable[[PyTree], PyTree]:
+    """`through` without the choice of masks."""
+    masks = prunax.compute_masks(network.params, 0.9)
+    return lambda params: prunax.straight_through(params, masks)
+
+
 def mask_bytes(run: Run) -> float:
     """Bytes of the masks relative to those of the params."""
     masks = optax.tree.get(run.state, "masks")
@@ -159,7 +165,11 @@ def cases(
         "gradual, masks every 100 steps, LeNet-300-100": (2000, beside(small, gradual)),
         "straight-through, masks every step, LeNet-300-100": (
             2000,
-            lambda: {"dense": small(adam), "straight-through": small(adam, forward=through)},
+            lambda: {
+                "dense": small(adam),
+                "straight-through": small(adam, forward=through),
+                "straight-through, masks that stay": small(adam, forward=under_fixed_masks(lenet)),
+            },
         ),
     }
 

@@ -1,19 +1,19 @@
 """How each sparse training method trains: for `methods.py`, and for its short view `train.py`.
 
 A recipe says what is wrapped around one and the same Adam, so that every method gets the same steps, batches and
-learning rates. Methods that differ in their allocation (`magnitude`, `global`, `erk`, `lamp`) share everything else,
-and so do those that differ in their score; the others take the allocation with which they were published.
+learning rates. Every method takes an allocation, but for those that leave it to a penalty: `Method.allocations` are
+the ones it is compared at, the first of them that of all methods.
 
-Numbers under `options` were chosen on held-out training images (`methods.py --validation`).
+Numbers under `options` are first values, or were chosen on held-out training images (`methods.py --validation
+--learning-rate 0.004`, gradual methods).
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 import prunax
@@ -71,12 +71,14 @@ class Method(NamedTuple):
         about: one line.
         recipe: makes its `Recipe`; None for lottery tickets, which train many times.
         options: the numbers that were chosen.
+        allocations: names in `ALLOCATIONS` that it is run with; none where it has no say in it.
     """
 
     family: str
     about: str
     recipe: Callable[..., Recipe] | None
     options: Mapping[str, Any]
+    allocations: Sequence[str] = ("erk",)
 
 
 def adam(b: Budget) -> optax.GradientTransformation:
@@ -123,32 +125,30 @@ def gradual(
     return Recipe(optimizer)
 
 
-def one_shot(
-    b: Budget, sparsity: float, *, at: float, allocation: Any = allocation.global_ranking
-) -> Recipe:
+def one_shot(b: Budget, sparsity: float, *, at: float, allocation: Any) -> Recipe:
     """Trains dense, prunes all at once, fine-tunes."""
     schedule = schedules.one_shot(sparsity, b.at(at))
     return Recipe(lambda key, masks: prunax.prune(adam(b), schedule, allocation=allocation))
 
 
-def ac_dc(b: Budget, sparsity: float, *, begin: float, end: float, phase: float) -> Recipe:
+def ac_dc(
+    b: Budget, sparsity: float, *, begin: float, end: float, phase: float, allocation: Any
+) -> Recipe:
     """Compressed and dense phases in turn, compressed at the end."""
     schedule = schedules.alternating(
         sparsity, b.at(begin), b.at(end), compressed_steps=b.at(phase), dense_steps=b.at(phase)
     )
-    return Recipe(
-        lambda key, masks: prunax.prune(adam(b), schedule, allocation=allocation.global_ranking)
-    )
+    return Recipe(lambda key, masks: prunax.prune(adam(b), schedule, allocation=allocation))
 
 
-def straight_through(b: Budget, sparsity: float) -> Recipe:
+def straight_through(b: Budget, sparsity: float, *, allocation: Any) -> Recipe:
     """Dense weights under masks that are computed anew in every step; the gradient reaches all weights.
 
-    Not ranked globally: of untrained weights that would empty the first layer, and no gradient would fill it again.
+    Not to be ranked globally: of untrained weights that empties the first layer, and no gradient fills it again.
     """
 
     def masks(params: PyTree, state: Any = None) -> PyTree:
-        return prunax.compute_masks(params, sparsity, allocation=allocation.erdos_renyi)
+        return prunax.compute_masks(params, sparsity, allocation=allocation)
 
     return Recipe(
         lambda key, _: adam(b),
@@ -157,27 +157,12 @@ def straight_through(b: Budget, sparsity: float) -> Recipe:
     )
 
 
-def proximal_l1(
-    b: Budget, sparsity: float, *, strengths: Mapping[str, Mapping[str, float]], end: float
-) -> Recipe:
+def proximal_l1(b: Budget, sparsity: float, *, end: float, strength: float | jax.Array) -> Recipe:
     """Soft thresholding after every step up to a fraction `end` of the training, then fine-tuning without it.
 
-    The penalty alone sets the sparsity: what is exactly zero at `end` stays so.
-
-    Args:
-        b: the budget.
-        sparsity: interpolated among those that strengths are known for.
-        strengths: for each network, the strength that came near a sparsity on held-out images, relative to the
-            learning rate.
-        end: when the penalty ends.
+    The penalty alone sets the sparsity, whatever was asked for: what is exactly zero at `end` stays so. Its strength is
+    relative to the learning rate.
     """
-    known = sorted((float(s), strength) for s, strength in strengths[b.network].items())
-    density, strength = np.log(1 - np.array(known)[::-1, 0]), np.log(np.array(known)[::-1, 1])
-    return penalised(b, float(np.exp(np.interp(np.log(1 - sparsity), density, strength))), end)
-
-
-def penalised(b: Budget, strength: float | jax.Array, end: float) -> Recipe:
-    """`proximal_l1` of a strength."""
     rate = learning_rate(b)
     proximal = transforms.proximal_l1(
         adam(b), lambda step: jnp.where(step < b.at(end), strength * rate(step), 0.0)
@@ -234,7 +219,9 @@ def _held_at_zero(
     )
 
 
-def admm(b: Budget, sparsity: float, *, penalty: float, end: float, every: int) -> Recipe:
+def admm(
+    b: Budget, sparsity: float, *, penalty: float, end: float, every: int, allocation: Any
+) -> Recipe:
     """Dense weights that are drawn to the nearest sparse ones, pruned late."""
     return Recipe(
         lambda key, masks: transforms.admm(
@@ -243,17 +230,29 @@ def admm(b: Budget, sparsity: float, *, penalty: float, end: float, every: int) 
             penalty=optax.linear_schedule(0.0, penalty, b.at(end)),
             end_step=b.at(end),
             every=every,
+            allocation=allocation,
         )
     )
 
 
-def static(b: Budget, sparsity: float) -> Recipe:
+def static(b: Budget, sparsity: float, *, allocation: Any) -> Recipe:
     """Random masks from the first step on."""
-    return Recipe(lambda key, masks: transforms.static_sparse(adam(b), sparsity, key=key))
+    return Recipe(
+        lambda key, masks: transforms.static_sparse(
+            adam(b), sparsity, key=key, allocation=allocation
+        )
+    )
 
 
 def dynamic(
-    b: Budget, sparsity: float, *, grow: Any, every: int, end: float, drop: float
+    b: Budget,
+    sparsity: float,
+    *,
+    grow: Any,
+    every: int,
+    end: float,
+    drop: float,
+    allocation: Any,
 ) -> Recipe:
     """RigL, by two gradients, and SET, which differ in what they grow."""
     return Recipe(
@@ -265,30 +264,31 @@ def dynamic(
             every=every,
             end_step=b.at(end),
             drop_fraction=drop,
+            allocation=allocation,
         )
     )
 
 
-def at_initialisation(b: Budget, sparsity: float, *, score: Any) -> Recipe:
+def at_initialisation(b: Budget, sparsity: float, *, score: Any, allocation: Any) -> Recipe:
     """Masks of the untrained network, by a score of a loss."""
 
     def start(loss: Any, logits: Any, params: PyTree, images: jax.Array) -> PyTree:
         ranked = score(loss, params)
-        return prunax.compute_masks(
-            params, sparsity, scores=ranked, allocation=allocation.global_ranking
-        )
+        return prunax.compute_masks(params, sparsity, scores=ranked, allocation=allocation)
 
     return Recipe(under_masks(b), start)
 
 
-def synflow(b: Budget, sparsity: float, *, rounds: int) -> Recipe:
+def synflow(b: Budget, sparsity: float, *, rounds: int, allocation: Any) -> Recipe:
     """Masks of the untrained network, without data."""
 
     def start(loss: Any, logits: Any, params: PyTree, images: jax.Array) -> PyTree:
         def score(params: PyTree) -> PyTree:
             return initialization.synflow(logits, params, images[:1])
 
-        return initialization.iterative_masks(score, params, sparsity, rounds=rounds)
+        return initialization.iterative_masks(
+            score, params, sparsity, rounds=rounds, allocation=allocation
+        )
 
     return Recipe(under_masks(b), start)
 
@@ -300,62 +300,57 @@ def under_masks(b: Budget) -> Callable[[jax.Array, PyTree], optax.GradientTransf
 
 GRADUAL = {"begin": 0.05, "end": 0.5, "updates": 50}
 DYNAMIC = {"every": 100, "end": 0.75, "drop": 0.3}
-# Strengths of the L1 penalty, relative to the learning rate, that come near each sparsity.
-STRENGTHS = {
-    "mlp": {"0.8": 0.1, "0.9": 0.155, "0.95": 0.22, "0.98": 0.39, "0.99": 0.55},
-    "lenet5": {"0.8": 0.12, "0.9": 0.157, "0.95": 0.21, "0.98": 0.3, "0.99": 0.37},
+ALLOCATIONS = {
+    "erk": allocation.erdos_renyi,
+    "uniform": allocation.uniform,
+    "global": allocation.global_ranking,
+    "lamp": allocation.lamp,
 }
 FAMILIES = {
     "gradual": "Pruned gradually",
     "late": "Dense, then sparse",
     "early": "Sparse from the start",
 }
+AS_PUBLISHED = "erk", "global"
 
 
-def _vary(**fixed: Any) -> Callable[..., Recipe]:
-    return functools.partial(gradual, **fixed)
+def _gradual(about: str, score: Any, allocations: Sequence[str] = ("erk",), **more: Any) -> Method:
+    return Method(
+        "gradual",
+        about,
+        functools.partial(gradual, score=score),
+        GRADUAL | more,
+        allocations,
+    )
+
+
+def _dynamic(about: str, grow: Any) -> Method:
+    return Method("early", about, functools.partial(dynamic, grow=grow), DYNAMIC)
+
+
+def _initial(about: str, score: Any) -> Method:
+    recipe = functools.partial(at_initialisation, score=score)
+    return Method("early", about, recipe, {}, AS_PUBLISHED)
 
 
 METHODS: dict[str, Method] = {
-    "dense": Method("", "no pruning", dense, {}),
-    "magnitude": Method("gradual", "|w|, each layer alike", _vary(), GRADUAL),
-    "global": Method(
-        "gradual",
-        "|w|, layers ranked together",
-        _vary(allocation=allocation.global_ranking),
-        GRADUAL,
+    "dense": Method("", "no pruning", dense, {}, ()),
+    "magnitude": _gradual("|w|", scores.magnitude, tuple(ALLOCATIONS)),
+    "saliency": _gradual("|w g| averaged over steps", scores.saliency, decay=0.99),
+    "random": _gradual("at random", scores.random),
+    "one-shot": Method(
+        "late", "|w|, at once, then fine-tuned", one_shot, {"at": 0.5}, AS_PUBLISHED
     ),
-    "erk": Method(
-        "gradual",
-        "|w|, Erdős-Rényi layer sparsities",
-        _vary(allocation=allocation.erdos_renyi),
-        GRADUAL,
-    ),
-    "lamp": Method(
-        "gradual", "|w|, layers ranked by LAMP", _vary(allocation=allocation.lamp), GRADUAL
-    ),
-    "saliency": Method(
-        "gradual",
-        "|w g| averaged over steps, each layer alike",
-        _vary(score=scores.saliency),
-        GRADUAL | {"decay": 0.99},
-    ),
-    "random": Method("gradual", "at random, each layer alike", _vary(score=scores.random), GRADUAL),
-    "one-shot": Method("late", "|w| globally, at once, then fine-tuned", one_shot, {"at": 0.5}),
     "ac/dc": Method(
         "late",
-        "compressed and dense phases in turn, |w| globally",
+        "compressed and dense phases in turn",
         ac_dc,
         {"begin": 0.1, "end": 0.7, "phase": 0.06},
+        AS_PUBLISHED,
     ),
-    "straight-through": Method(
-        "late", "|w| in ERK layer sparsities, masks anew in every step", straight_through, {}
-    ),
+    "straight-through": Method("late", "|w|, masks anew in every step", straight_through, {}),
     "proximal-l1": Method(
-        "late",
-        "soft thresholding; the penalty sets the sparsity",
-        proximal_l1,
-        {"strengths": STRENGTHS, "end": 0.3},
+        "late", "soft thresholding; the penalty sets the sparsity", proximal_l1, {"end": 0.3}, ()
     ),
     "admm": Method(
         "late",
@@ -363,38 +358,22 @@ METHODS: dict[str, Method] = {
         admm,
         {"penalty": 0.003, "end": 0.7, "every": 32},
     ),
-    "imp": Method("late", "lottery ticket: rewound and trained again", None, {"rewind": 0.1}),
-    "imp-reinit": Method("late", "its masks with fresh weights", None, {"rewind": 0.1}),
+    "imp": Method(
+        "late", "lottery ticket: rewound and trained again", None, {"rewind": 0.1}, AS_PUBLISHED
+    ),
+    "imp-reinit": Method(
+        "late", "its masks with fresh weights", None, {"rewind": 0.1}, AS_PUBLISHED
+    ),
     "static": Method("early", "random masks", static, {}),
-    "set": Method(
-        "early",
-        "weakest go, random ones grow",
-        functools.partial(dynamic, grow=scores.random),
-        DYNAMIC,
-    ),
-    "rigl": Method(
-        "early",
-        "weakest go, largest gradients of one batch grow, as published",
-        functools.partial(dynamic, grow=scores.gradient),
-        DYNAMIC,
-    ),
-    "rigl-deflated": Method(
-        "early",
+    "set": _dynamic("weakest go, random ones grow", scores.random),
+    "rigl": _dynamic(
         "weakest go, largest mean gradients grow, less their part of rank one",
-        functools.partial(dynamic, grow=scores.ema_gradients(scores.deflated_gradient, 0.99)),
-        DYNAMIC,
+        scores.ema_gradients(scores.deflated_gradient, 0.99),
     ),
-    "snip": Method(
-        "early",
-        "|w g| at initialisation",
-        functools.partial(at_initialisation, score=initialization.snip),
-        {},
+    "rigl-published": _dynamic("weakest go, largest gradients of one batch grow", scores.gradient),
+    "snip": _initial("|w g| at initialisation", initialization.snip),
+    "grasp": _initial("w H g at initialisation", initialization.grasp),
+    "synflow": Method(
+        "early", "synaptic flow at initialisation", synflow, {"rounds": 100}, AS_PUBLISHED
     ),
-    "grasp": Method(
-        "early",
-        "w H g at initialisation",
-        functools.partial(at_initialisation, score=initialization.grasp),
-        {},
-    ),
-    "synflow": Method("early", "synaptic flow at initialisation", synflow, {"rounds": 100}),
 }

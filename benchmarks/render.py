@@ -8,7 +8,6 @@ nothing, and fails where a table is out of date.
 """
 
 import argparse
-import functools
 import json
 import re
 import sys
@@ -23,6 +22,7 @@ from benchmarks import (
     checkpoints,
     decoding,
     finetuning,
+    formats,
     front,
     importance,
     large,
@@ -46,7 +46,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 SOURCES = {
     "methods": methods.tables,
-    "methods-long": functools.partial(methods.tables, stem="methods-long"),
+    "methods-rates": methods.rates_tables,
     "regrowth": regrowth.tables,
     "finetuning": finetuning.tables,
     "adversarial": adversarial.tables,
@@ -62,6 +62,7 @@ SOURCES = {
     "mixture": mixture.tables,
     "shrink": shrink.tables,
     "packed": packed.tables,
+    "formats": formats.tables,
     "recover": recover.tables,
     "decoding": decoding.tables,
     "checkpoints": checkpoints.tables,

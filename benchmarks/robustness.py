@@ -27,9 +27,10 @@ examples:
   python -m benchmarks.robustness --quick
   python -m benchmarks.robustness --out benchmarks/results
 """
-METHODS = "magnitude global rigl static".split()
-QUICK = {"methods": ["global", "static"], "sparsities": [0.9, 0.98], "seeds": 2}
+METHODS = "magnitude rigl static".split()
+QUICK = {"methods": ["magnitude", "static"], "sparsities": [0.9, 0.98], "seeds": 2}
 FULL = {"methods": METHODS, "sparsities": list(methods.SPARSITIES), "seeds": 3}
+LEARNING_RATES = {"mlp": 2e-3, "lenet5": 8e-3, "resnet": 1.6e-2}  # that methods.py chooses
 EPSILON = 0.02  # of the attacks, in pixel values of [0, 1]; the infinity norm
 
 
@@ -153,11 +154,23 @@ PERTURBATIONS: dict[str, Perturbation] = {
 
 @functools.partial(jax.jit, static_argnames=("network", "classes"))
 def measure(
-    network: str, classes: int, params: PyTree, images: jax.Array, labels: jax.Array
+    network: str,
+    classes: int,
+    params: PyTree,
+    images: jax.Array,
+    labels: jax.Array,
+    seen: jax.Array,
 ) -> dict[str, jax.Array]:
-    """Accuracy of one set of params under each perturbation, in batches that cover every image."""
-    apply = functools.partial(models.apply, models.MODELS[network](classes))
+    """Accuracy of one set of params under each perturbation, in batches that cover every image.
+
+    Batch normalisation takes the statistics of the training images `seen`.
+    """
+    predict = models.as_used(models.MODELS[network](classes), params, seen)
     found = {}
+
+    def apply(_: PyTree, images: jax.Array) -> jax.Array:
+        return predict(images)
+
     for i, (name, perturb) in enumerate(PERTURBATIONS.items()):
 
         def right(xs: tuple[jax.Array, jax.Array, jax.Array], perturb=perturb) -> jax.Array:
@@ -170,17 +183,18 @@ def measure(
     return found
 
 
-def record(
-    network: str,
-    method: str,
-    sparsity: float,
-    outcome: methods.Outcome,
-    data: loop.Data,
-    classes: int,
-) -> dict[str, Any]:
+def accuracies(
+    network: str, outcome: methods.Outcome, data: loop.Data, classes: int
+) -> dict[str, list[float]]:
     """All accuracies of an outcome with a leading axis of seeds."""
-    train = methods.accuracy(network, classes, outcome.params, data.train_images, data.train_labels)
-    test = methods.accuracy(network, classes, outcome.params, data.test_images, data.test_labels)
+    seen = data.train_images[: methods.SEEN]
+    train, test = (
+        methods.accuracy(network, classes, outcome.params, images, labels, seen)
+        for images, labels in (
+            (data.train_images, data.train_labels),
+            (data.test_images, data.test_labels),
+        )
+    )
     found = [
         measure(
             network,
@@ -188,12 +202,18 @@ def record(
             jax.tree.map(lambda leaf, seed=seed: leaf[seed], outcome.params),
             data.test_images,
             data.test_labels,
+            seen,
         )
         for seed in range(len(test))
     ]
     accuracy = {"train": train.tolist(), "test": test.tolist()}
-    accuracy |= {name: [float(f[name]) for f in found] for name in PERTURBATIONS}
-    return {"network": network, "method": method, "sparsity": sparsity, "accuracy": accuracy}
+    return accuracy | {name: [float(f[name]) for f in found] for name in PERTURBATIONS}
+
+
+def label(record: Mapping[str, Any]) -> str:
+    """The name of a row: the method, and its allocation where that is not the one of all."""
+    main = methods.main_allocation(record)
+    return record["method"] if main else f"{record['method']}, {record['allocation']}"
 
 
 def robustness_table(content: Mapping[str, Any], network: str) -> harness.Table:
@@ -207,7 +227,7 @@ def robustness_table(content: Mapping[str, Any], network: str) -> harness.Table:
         sparsity = "" if r["method"] == "dense" else f"{r['sparsity']:.0%}"
         rows.append(
             (
-                r["method"],
+                label(r),
                 sparsity,
                 f"{mean['train']:.2f}",
                 harness.spread(r["accuracy"]["test"]),
@@ -236,9 +256,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     begin = time.perf_counter()
     dataset = methods.load(args.dataset, console)
     data, classes = loop.Data(*map(jnp.asarray, dataset[1:5])), dataset.num_classes
-    budget = methods.budget_for(
-        args.network, dataset, args.epochs, "quick" if args.quick else "full"
-    )
+    budget = methods.budget_for(args.network, dataset, args.epochs, args.quick)
+    budget = budget._replace(learning_rate=LEARNING_RATES[args.network])
     settings = {
         "dataset": dataset.name,
         "epochs": budget.epochs,
@@ -252,17 +271,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results = methods.Results(file, settings, "python -m benchmarks.robustness")
     except ValueError as error:
         parser.error(str(error))
-    jobs = [("dense", 0.0), *((m, s) for m in args.methods for s in sorted(args.sparsities))]
+    pairs = methods.with_allocations(args.methods, args.allocations)
+    jobs = [("dense", "", 0.0), *((m, a, s) for m, a in pairs for s in sorted(args.sparsities))]
     with harness.progress(console) as progress:
         task = progress.add_task("robustness", total=len(jobs), note="")
-        for method, sparsity in jobs:
-            progress.update(task, note=f"{args.network} {method} {sparsity:g}")
-            if results.find(args.network, method, sparsity) is None:
+        for method, name, sparsity in jobs:
+            progress.update(task, note=f"{args.network} {method} {name} {sparsity:g}")
+            if results.find(budget, method, name, sparsity) is None:
                 outcome, *_ = methods.train_method(
-                    method, sparsity, budget, classes, data, args.seeds
+                    method, name, sparsity, budget, classes, data, args.seeds
                 )
-                new = record(args.network, method, sparsity, outcome, data, classes)
-                results.add(new | {"options": methods.METHODS[method].options})
+                results.add(
+                    {
+                        "network": args.network,
+                        "method": method,
+                        "allocation": name,
+                        "sparsity": sparsity,
+                        "learning_rate": budget.learning_rate,
+                        "options": methods.METHODS[method].options,
+                        "accuracy": accuracies(args.network, outcome, data, classes),
+                    }
+                )
             progress.advance(task)
 
     content = results.content
@@ -277,16 +306,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    trained_once = [
-        name for name, method in methods.METHODS.items() if method.recipe and name != "dense"
-    ]
+    trained_once = [name for name, m in methods.METHODS.items() if m.recipe and m.allocations]
     parser = harness.parser("robustness", __doc__, EXAMPLES)
     add = parser.add_argument
     add("--quick", action="store_true", help="few methods and sparsities, short training")
     add("--dataset", default="fashion_mnist", help="(fashion_mnist; digits where it is not there)")
     add("--network", choices=methods.NETWORKS, default="mlp", help="(mlp)")
     add("--methods", nargs="+", choices=trained_once, metavar="NAME", help=f"({' '.join(METHODS)})")
-    add("--sparsities", nargs="+", type=float, help="(0.8 0.9 0.95 0.98 0.99)")
+    add(
+        "--allocations",
+        nargs="+",
+        choices=methods.recipes.ALLOCATIONS,
+        default=["erk", "global"],
+        help="each method with those of them that methods.py has it with (erk global)",
+    )
+    add("--sparsities", nargs="+", type=float, help=f"({' '.join(map(str, methods.SPARSITIES))})")
     add("--seeds", type=int, help="how many (3)")
     add("--epochs", type=int, help="of each run (as methods.py)")
     return parser

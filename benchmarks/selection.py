@@ -127,6 +127,17 @@ def first_call(leaves: int, allocation: Any) -> float:
     return time.perf_counter() - begin
 
 
+def calls(repeats: int) -> dict[str, float]:
+    """Seconds of `compute_masks` of ten million weights, called as it is and under jit, in turns."""
+    params = {"kernel": jnp.asarray(RNG.standard_normal((3200, 3125)), jnp.float32)}
+    jitted = jax.jit(lambda params: prunax.compute_masks(params, 0.9))
+    ways = {
+        "called": lambda: prunax.compute_masks(params, 0.9),
+        "under jit": lambda: jitted(params),
+    }
+    return harness.median_seconds(ways, repeats)
+
+
 def cold(leaves: int, name: str) -> float:
     """`first_call` in a process of its own, without a compilation cache."""
     command = [sys.executable, "-m", "benchmarks.selection", "--cold", str(leaves), name]
@@ -163,7 +174,12 @@ def measure_all(quick: bool, console: Console) -> dict[str, Any]:
             repeats = 5 if quick or n > 10**7 or (slow and n == 10**7) else 15
             results.append(measure(name, n, sparsity, slow, repeats))
             progress.update(task, advance=1)
-    return {"results": results, "first call": first, "stored": stored(10**6)}
+    return {
+        "results": results,
+        "first call": first,
+        "stored": stored(10**6),
+        "calls": calls(5 if quick else 25),
+    }
 
 
 def tables(content: Mapping[str, Any]) -> dict[str, harness.Table]:
@@ -250,6 +266,8 @@ def expectations(content: Mapping[str, Any]) -> harness.Table:
             ("100 million / 10 million, all sparsities", "at most 10", growth, growth <= 10)
         )
         rows.append(("the same of one read", "", read, None))
+    called = content["calls"]["called"] / content["calls"]["under jit"]
+    rows.append(("called / under jit, 10 million", "at most 1.5", called, called <= 1.5))
     cold = max(r["seconds"] for r in content["first call"] if r["leaves"] == 300)
     rows.append(("first call, 300 leaves, seconds", "at most 5", cold, cold <= 5))
     memory = content["stored"]["uniform"]

@@ -114,7 +114,7 @@ def traced(fn: Callable[..., Any], params: Any, args: tuple[Any, ...]) -> Traced
         if type(error).__name__ == "TraceContextError":  # of Flax, which need not be installed
             error.add_note(
                 "prunax: the function changes a module that was made outside of it, as batch statistics and dropout's "
-                "keys are changed in training. Call model.eval() before nnx.split, and in the function nnx.merge."
+                "keys are changed in training. Call model.eval() before nnx.split, and nnx.merge inside the function."
             )
         raise
     return Traced(jaxpr, out, arrays, shapes)

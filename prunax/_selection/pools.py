@@ -198,7 +198,7 @@ def _first_bracket(
 def _sample_stride(leaves: Leaves, owner: Owner) -> list[int] | None:
     """Of every how many units of each pool one should be looked at for a start; None where that does not pay.
 
-    It does not pay for small pools, and may move data where arrays are spread over devices.
+    It does not pay for many small pools, and may move data where arrays are spread over devices.
     """
     pools = owner[-1] + 1
     each = sum(leaf.size for leaf in leaves) // pools

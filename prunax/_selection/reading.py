@@ -204,7 +204,7 @@ def has_nan(score: Score) -> Array:
     """Whether any of the scores is NaN, in one read.
 
     Args:
-        score: An array, or ``Partial(f, *arrays)`` of an elementwise f that makes it.
+        score: An array of floats, or ``Partial(f, *arrays)`` of an elementwise f that makes it.
 
     Returns:
         A bool scalar, or one that varies over the devices of a `jax.shard_map` as the scores do.

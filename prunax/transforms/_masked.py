@@ -200,6 +200,7 @@ def train_masked(
         def none_grown() -> Arrays:
             if not mask_gradients:
                 return []
+            # Zeros like the packed ones, which are then not computed.
             bits = [_packing.pack_bits(jnp.zeros_like(leaf, dtype=jnp.bool_)) for leaf in leaves]
             return [
                 _meshes.vary_like(jnp.zeros_like(b), leaf)
