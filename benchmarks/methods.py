@@ -509,7 +509,7 @@ def compare(
     results: Results,
     data: loop.Data,
     classes: int,
-    budgets: Sequence[Budget],
+    budget: Budget,
     pairs: Sequence[tuple[str, str]],
     sparsities: Sequence[float],
     seeds: int,
@@ -523,7 +523,7 @@ def compare(
         results: where results go, and what is done.
         data: images and labels.
         classes: number of labels.
-        budgets: one a network.
+        budget: of the network.
         pairs: methods and their allocations.
         sparsities: in increasing order. Dense training ignores them.
         seeds: how many.
@@ -531,36 +531,35 @@ def compare(
         on_start: told what is about to run.
         on_result: told each result, old ones too.
     """
-    for budget in budgets:
-        for method, name in pairs:
-            if METHODS[method].recipe is None:
-                continue
-            for sparsity in [0.0] if method == "dense" else sparsities:
-                if not (found := results.find(budget, method, name, sparsity)):
-                    on_start(f"{budget.network} {method} {name} {sparsity:g}")
-                    options = {}
-                    if method == "proximal-l1":
-                        options["strength"] = strength_for(sparsity, budget, classes, data)
-                    outcome, seconds, compile_seconds = train_method(
-                        method, name, sparsity, budget, classes, data, seeds, **options
-                    )
-                    found = record(budget, method, name, sparsity, outcome, data, classes, seconds)
-                    found |= {"compile_seconds": round(compile_seconds, 1), **options}
-                    results.add(found)
-                on_result(found)
-        for name in lotteries(budget.network, pairs):
-            _draw_tickets(
-                results,
-                data,
-                classes,
-                budget,
-                name,
-                sparsities,
-                seeds,
-                tickets,
-                on_start,
-                on_result,
-            )
+    for method, name in pairs:
+        if METHODS[method].recipe is None:
+            continue
+        for sparsity in [0.0] if method == "dense" else sparsities:
+            if not (found := results.find(budget, method, name, sparsity)):
+                on_start(f"{budget.network} {method} {name} {sparsity:g}")
+                options = {}
+                if method == "proximal-l1":
+                    options["strength"] = strength_for(sparsity, budget, classes, data)
+                outcome, seconds, compile_seconds = train_method(
+                    method, name, sparsity, budget, classes, data, seeds, **options
+                )
+                found = record(budget, method, name, sparsity, outcome, data, classes, seconds)
+                found |= {"compile_seconds": round(compile_seconds, 1), **options}
+                results.add(found)
+            on_result(found)
+    for name in lotteries(budget.network, pairs):
+        _draw_tickets(
+            results,
+            data,
+            classes,
+            budget,
+            name,
+            sparsities,
+            seeds,
+            tickets,
+            on_start,
+            on_result,
+        )
 
 
 def _draw_tickets(
@@ -586,10 +585,9 @@ def _draw_tickets(
         return
     done = [s for s in sparsities if s < todo[0]]
     file = None if folder is None else folder / f"{network}-{allocation}.npz"
-    rate = budget.learning_rate
     label = {
         "settings": results.settings,
-        "learning_rate": rate,
+        "learning_rate": budget.learning_rate,
         "allocation": allocation,
         "options": dict(METHODS["imp"].options),
         "sparsities": list(sparsities),
@@ -760,12 +758,13 @@ def claims_table(records: Sequence[Mapping[str, Any]], network: str) -> harness.
         if one not in found or other not in found:
             continue
         a, b = found[one], found[other]
-        if abs(statistics.mean(a["realised_sparsity"]) - a["sparsity"]) > 0.01:
+        sparsity = statistics.mean(a["realised_sparsity"])
+        if abs(sparsity - a["sparsity"]) > 0.01:
             continue  # where a penalty decides, and missed
         differences = [x - y for x, y in zip(a["test_accuracy"], b["test_accuracy"], strict=True)]
         rows.append(
             (
-                f"{one[0]} at {statistics.mean(a['realised_sparsity']):.0%} against {other[0]}",
+                f"{one[0]} at {sparsity:.0%} against {other[0]}",
                 f"{least:+.1f}",
                 harness.spread(differences, "+.2f"),
                 "yes" if 100 * statistics.mean(differences) >= least else "no",
@@ -872,7 +871,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     results,
                     arrays,
                     dataset.num_classes,
-                    [budgets[network]._replace(learning_rate=rate)],
+                    budgets[network]._replace(learning_rate=rate),
                     todo,
                     sparsities,
                     args.seeds,

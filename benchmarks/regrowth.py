@@ -29,7 +29,6 @@ examples:
   python -m benchmarks.regrowth --networks mlp --sparsities 0.9 --seeds 2
   python -m benchmarks.regrowth --out benchmarks/results
 """
-NETWORKS = {"mlp": "LeNet-300-100", "lenet5": "LeNet-5", "resnet": "ResNet"}
 EPOCHS = {"mlp": 3, "lenet5": 5, "resnet": 2}
 RATES = {
     "mlp": {"adam": 4e-3, "sgd": 0.1},
@@ -206,7 +205,7 @@ def run(
         params = scaled(params, sparsity)
     args = params, keys, data
     outcome = jax.block_until_ready(methods.compile_(all_seeds, *args)(*args))
-    test, seen = (data.test_images, data.test_labels), data.train_images[:2000]
+    test, seen = (data.test_images, data.test_labels), data.train_images[: methods.SEEN]
     accuracy = methods.accuracy(network, 10, outcome.params, *test, seen)
     return {"test_accuracy": accuracy.tolist(), **where_connections_are(budget, outcome, data)}
 
@@ -259,7 +258,7 @@ def accuracy_table(records: Sequence[Mapping[str, Any]], network: str) -> harnes
         if any(cells):
             rows.append((f"{optimizer}: {method}", *cells))
     columns = "optimizer, method", *(f"{s:.0%}" for s in sparsities)
-    title = f"{NETWORKS[network]}: test accuracy, %"
+    title = f"{methods.NETWORKS[network]}: test accuracy, %"
     return harness.Table(columns, rows, title=title)
 
 
@@ -279,7 +278,7 @@ def order_table(records: Sequence[Mapping[str, Any]]) -> harness.Table:
         for one, other in steps.values():
             a, b = (found.get((network, optimizer, sparsity, m)) for m in (one, other))
             cells.append("" if a is None or b is None else _difference(a, b))
-        rows.append((f"{NETWORKS[network]}, {optimizer}, {sparsity:.0%}", *cells))
+        rows.append((f"{methods.NETWORKS[network]}, {optimizer}, {sparsity:.0%}", *cells))
     return harness.Table(
         ("network, optimizer, sparsity", *steps), rows, title="The order: differences in points"
     )
@@ -337,7 +336,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     steps = loop.steps_per_epoch(len(dataset.train_labels), batch_size)
     settings: dict[str, Any] = {
         "dataset": dataset.name,
-        "epochs": EPOCHS if args.epochs is None else dict.fromkeys(NETWORKS, args.epochs),
+        "epochs": EPOCHS if args.epochs is None else dict.fromkeys(methods.NETWORKS, args.epochs),
         "why_epochs": args.epochs or WHY_EPOCHS,
         "batch_size": batch_size,
         "learning_rates": RATES,
@@ -386,7 +385,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = harness.parser("regrowth", __doc__, EXAMPLES)
     add = parser.add_argument
     add("--dataset", default="fashion_mnist", help="(fashion_mnist; digits where it is not there)")
-    add("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="(all)")
+    add(
+        "--networks",
+        nargs="+",
+        choices=methods.NETWORKS,
+        default=list(methods.NETWORKS),
+        help="(all)",
+    )
     add("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS), help="(all)")
     add("--sparsities", nargs="+", type=float, default=list(SPARSITIES), help="(0.9 0.95 0.98)")
     add("--seeds", type=int, default=5, help="how many (5)")

@@ -92,9 +92,7 @@ def train_masked(
         return _packing.pack_bits(mask) if packed else mask
 
     def unpack(stored: jax.Array, leaf: jax.Array) -> jax.Array:
-        return (
-            _meshes.shard_like(_packing.unpack_bits(stored, leaf.shape), leaf) if packed else stored
-        )
+        return _unpacked(stored, leaf) if packed else stored
 
     def init(params: PyTree) -> PruneState:
         trees.check_params(name, params, trained=True)
@@ -226,10 +224,7 @@ def train_masked(
 
         inner_updates, inner_params = updates, params
         if mask_gradients:
-            back = [
-                _meshes.shard_like(_packing.unpack_bits(g, leaf.shape), leaf)
-                for g, leaf in zip(grown, leaves, strict=True)
-            ]
+            back = map(_unpacked, grown, leaves)
             learning = [m & ~b for m, b in zip(masks, back, strict=True)]
             inner_updates = chosen.put(_zero(gradients, learning), updates)
             inner_params = _inner.map_copies(lambda copy: _map_at(_masked, at(masks), copy), params)
@@ -293,6 +288,10 @@ def any_nan(arrays: Arrays) -> jax.Array:
     for x in arrays:
         found = found | _meshes.agree(_selection.has_nan(x))
     return found
+
+
+def _unpacked(bits: jax.Array, leaf: jax.Array) -> jax.Array:
+    return _meshes.shard_like(_packing.unpack_bits(bits, leaf.shape), leaf)
 
 
 def _zero(leaves: Arrays, masks: Arrays) -> Arrays:
