@@ -186,6 +186,22 @@ def peak_memory() -> Iterator[list[int | None]]:
     peak[0] = None if before is None or after is None else after - before
 
 
+@contextlib.contextmanager
+def compile_seconds() -> Iterator[list[float]]:
+    """Measures the seconds that XLA compiles inside the block, all programs together."""
+    seconds = [0.0]
+
+    def listen(event: str, duration: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            seconds[0] += duration
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seconds
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
 def _resident(field: str) -> int | None:
     try:
         lines = Path("/proc/self/status").read_text().splitlines()

@@ -2,8 +2,9 @@
 
 Each row runs in a process of its own, so that memory is counted from nothing and each has as many devices as it needs.
 The first table holds a billion weights: seconds and peak memory of masks and of training steps that use up their
-arguments, beside one read and one copy of the same weights. The second compiles masks of a Llama's params divided over
-rows and columns of a mesh of host devices, from shapes alone: what the compiled program sends.
+arguments, beside one read and one copy of the same weights, with malloc as it comes and with huge pages. The second
+compiles masks of a Llama's params divided over rows and columns of a mesh of host devices, from shapes alone: what the
+compiled program sends.
 """
 
 import argparse
@@ -46,6 +47,8 @@ STEPS: dict[str, Callable[[Any], Any]] = {
     "step, masks of one bit": functools.partial(prunax.prune, sparsity=0.9, packed=True),
     "step, masks of one byte": functools.partial(prunax.prune, sparsity=0.9),
 }
+# glibc asks for large pages: what a process writes to new memory, it otherwise asks for in pages of 4 kB.
+HUGE = "glibc.malloc.hugetlb=1"
 BARE: dict[str, Callable[[PyTree], PyTree]] = {
     "one read": jax.jit(lambda p: [jnp.max(x) for x in jax.tree.leaves(p)]),
     "one copy": lambda p: jax.tree.map(jnp.copy, p),
@@ -76,8 +79,8 @@ def timed(run: Callable[[], Any], repeats: int) -> dict[str, Any]:
     return {"first": first, "seconds": seconds, "peak": peak[0]}
 
 
-def measured(what: str, layers: int, width: int, repeats: int) -> dict[str, Any]:
-    """One row of the first table."""
+def measured(what: str, tunables: str, layers: int, width: int, repeats: int) -> dict[str, Any]:
+    """One row of the first table, in a process that has these tunables of glibc."""
     params = jax.block_until_ready(billion(layers, width))
     held = sum(x.nbytes for x in jax.tree.leaves(params))
     if what in STEPS:
@@ -85,7 +88,7 @@ def measured(what: str, layers: int, width: int, repeats: int) -> dict[str, Any]
     else:
         function = (BARE | MASKS)[what]
         found = timed(lambda: function(params), repeats)
-    return {"what": what, "bytes": held, **found}
+    return {"what": what, "tunables": tunables, "bytes": held, **found}
 
 
 def _step(wrap: Callable[[Any], Any], params: PyTree, repeats: int) -> dict[str, Any]:
@@ -188,7 +191,8 @@ def alone(row: Mapping[str, Any]) -> dict[str, Any]:
     flag = f"--xla_force_host_platform_device_count={row.get('devices', 1)}"
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.large", "--row", json.dumps(dict(row))],
-        env=os.environ | {"XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"},
+        env=os.environ
+        | {"XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": row.get("tunables", "")},
         capture_output=True,
         text=True,
         check=False,
@@ -204,19 +208,28 @@ def tables(content: Mapping[str, Any]) -> dict[str, harness.Table]:
     mesh = [r for r in content["records"] if r["part"] == "mesh"]
     made = {}
     if memory:
-        read = next(r["seconds"] for r in memory if r["what"] == "one read")
+        by = {(r["what"], r["tunables"]): r for r in memory}
+        names = [what for what, tunables in by if not tunables]
         rows = [
             (
-                r["what"],
-                f"{r['seconds']:.2f}",
-                f"{r['seconds'] / read:.1f}",
-                f"{r['peak'] / 1e9:.2f}",
-                f"{r['peak'] / r['bytes']:.2f}",
+                what,
+                f"{by[what, '']['seconds']:.2f}",
+                f"{by[what, HUGE]['seconds']:.2f}",
+                f"{by[what, HUGE]['seconds'] / by['one read', HUGE]['seconds']:.1f}",
+                f"{by[what, '']['peak'] / 1e9:.2f}",
+                f"{by[what, '']['peak'] / by[what, '']['bytes']:.2f}",
             )
-            for r in memory
+            for what in names
         ]
         count = memory[0]["bytes"] / 2e9
-        columns = "what", "seconds", "reads", "peak, GB", "peak / params"
+        columns = (
+            "what",
+            "seconds",
+            "with huge pages",
+            "reads, with huge pages",
+            "peak, GB",
+            "peak / params",
+        )
         title = f"{count:.2f} billion weights in bfloat16, {memory[0]['bytes'] / 1e9:.2f} GB"
         made["large/memory"] = harness.Table(columns, rows, title=title)
     if mesh:
@@ -256,7 +269,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     console = Console()
     sizes = {"layers": args.layers, "width": args.width, "repeats": args.repeats}
-    rows = [{"part": "memory", "what": what, **sizes} for what in (*BARE, *MASKS, *STEPS)]
+    rows = [
+        {"part": "memory", "what": what, "tunables": tunables, **sizes}
+        for what in (*BARE, *MASKS, *STEPS)
+        for tunables in ("", HUGE)
+    ]
     rows += [
         {"part": "mesh", "way": way, "kind": kind, "devices": n, "layers": args.decoder_layers}
         for way in MASKS

@@ -257,13 +257,9 @@ def select_masks(
     if pattern.compare_axis is None:
         units = [_unit_scores(score, pattern=pattern, rescale=rescale) for score in scores]
         kept = _selection.keep_largest(units, pools, budgets)
-    else:
-        kept = [jnp.ones(pattern.unit_shape(s.shape), jnp.bool_) for s in map(_shaped, scores)]
-        for (i,), budget in zip(pools, budgets, strict=True):
-            # A slice is shorter than 2**32.
-            units = _rearranged(scores[i], pattern)
-            kept[i] = _selection.keep_largest_along(units, pattern.compare_axis, budget.low)
-    return [_expanded(k, score, pattern=pattern) for k, score in zip(kept, scores, strict=True)]
+        return [_expanded(k, score, pattern=pattern) for k, score in zip(kept, scores, strict=True)]
+    pruned: dict[int, Any] = {i: budget for (i,), budget in zip(pools, budgets, strict=True)}
+    return [_slices_kept(score, pruned.get(i), pattern=pattern) for i, score in enumerate(scores)]
 
 
 @functools.partial(jax.jit, static_argnames=("pattern", "rescale"))
@@ -276,10 +272,19 @@ def _shaped(score: Score) -> jax.ShapeDtypeStruct:
     return jax.eval_shape(_selection.value_of, score)
 
 
-def _rearranged(score: Score, pattern: patterns.Pattern) -> Score:
-    """The unit scores of a pattern that only rearranges, as those do that compare slices; nothing is computed yet."""
+@functools.partial(jax.jit, static_argnames="pattern")
+def _slices_kept(
+    score: Score, pruned: _counts.Count | None, *, pattern: patterns.Pattern
+) -> jax.Array:
+    """The mask of a leaf under a pattern that compares slices: of each, that many units are pruned."""
     shape = _shaped(score).shape
-    return jax.tree.map(lambda x: pattern.pool(x) if jnp.shape(x) == shape else x, score)
+    if pruned is None:
+        return _expanded(jnp.ones(pattern.unit_shape(shape), jnp.bool_), score, pattern=pattern)
+    # Such a pattern only rearranges, so that what the score is computed of can be.
+    units = jax.tree.map(lambda x: pattern.pool(x) if jnp.shape(x) == shape else x, score)
+    # A slice is shorter than 2**32.
+    kept = _selection.keep_largest_along(units, pattern.compare_axis, pruned.low)
+    return _expanded(kept, score, pattern=pattern)
 
 
 @functools.partial(jax.jit, static_argnames="pattern")

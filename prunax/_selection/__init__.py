@@ -3,7 +3,8 @@
 The k-th best score is searched for. Floats order like integers made from their bits, so the threshold is one unsigned
 integer, and how many scores rank before an integer is one fused read of the arrays. A few pivots are counted in each
 read and the next ones are interpolated from the counts: about five reads settle ten million scores. Ties at the
-threshold are cut by a second search of the same kind, over flat indices. Last comes one fused write of the masks.
+threshold are cut by a second search of the same kind, over flat indices; or, on one device where many are expected (in
+bfloat16, or of very many scores), by counting them in rows once. Last comes one fused write of the masks.
 
 Of the size of a score array nothing is stored but the masks (`keep_largest_along` stores one transposed copy, where
 the axis is not the minor one), and only counts travel between devices.

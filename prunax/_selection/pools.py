@@ -25,7 +25,15 @@ from prunax._counts import (
     where,
 )
 from prunax._selection.keys import largest_key
-from prunax._selection.reading import Reader, Score, count_before, describe, value_of, write_mask
+from prunax._selection.reading import (
+    Reader,
+    Score,
+    count_before,
+    cut_ties,
+    describe,
+    value_of,
+    write_mask,
+)
 from prunax._selection.search import Bracket, cut, of_leaves, pool_totals, search, settle, start
 
 __all__ = ["keep_largest"]
@@ -99,7 +107,7 @@ def _keep_largest(
         ranked, budgets = [scores[i] for i in order], [num_pruned[p] for p in members]
         table = _thresholds(tuple(leaves), owner, ranked, budgets, on_host)
         for n, i in enumerate(order):
-            masks[i] = write_mask(leaves[n], ranked[n], table, np.arange(2 * n, 2 * n + 2))
+            masks[i] = write_mask(leaves[n], ranked[n], table, _pair(n))
     return masks
 
 
@@ -165,15 +173,22 @@ def _thresholds(
         bracket = bracket._replace(pivots=_sampled_pivots(owner, samples, target, bracket))
     bracket = search(owner, target, bracket, of_pool, on_host)
     threshold, share, bracket = _tie_bracket(leaves, owner, target, bracket)
-    xp, column = (np, np.asarray(threshold)) if on_host else (jnp, threshold)
+    xp, fetch = (np, jax.device_get) if on_host else (jnp, lambda x: x)
+    if all(leaf.tie_rows for leaf in leaves):
+        asked = fetch(_pairs(threshold, share))
+        found = [
+            cut_ties(leaf, score, asked, _pair(n))
+            for n, (leaf, score) in enumerate(zip(leaves, scores, strict=True))
+        ]
+        return fetch(_pairs(threshold, xp.stack(fetch(found))))
+    column = fetch(threshold)
 
     def of_ties(pivots: Array, asked: Sequence[int]) -> list[Number]:
         table = xp.concatenate([pivots.astype(column.dtype), column[:, None]], axis=1)
         return count(lambda n: n, table, asked)
 
     bracket = search(tuple(range(len(leaves))), share, bracket, of_ties, on_host)
-    cuts = _cuts(threshold, share, bracket)
-    return np.asarray(cuts) if on_host else cuts
+    return fetch(_cuts(threshold, share, bracket))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -299,6 +314,16 @@ def _share_ties(ties: Number, owner: Owner, wanted: Number) -> Number:
     return share if isinstance(ties, Count) == wide else share.low
 
 
+def _pair(n: int) -> np.ndarray:
+    """The flat positions in a table of two columns that its row n has."""
+    return np.arange(2 * n, 2 * n + 2)
+
+
+@jax.jit
+def _pairs(threshold: Array, other: Array) -> Array:
+    return jnp.stack([threshold, other.astype(threshold.dtype)], axis=1)
+
+
 @jax.jit
 def _cuts(threshold: Array, share: Number, bracket: Bracket) -> Array:
-    return jnp.stack([threshold, cut(bracket, share).astype(threshold.dtype)], axis=1)
+    return _pairs(threshold, cut(bracket, share))

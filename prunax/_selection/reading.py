@@ -25,6 +25,7 @@ Array = jax.Array
 Score = Array | Partial
 
 PIVOTS = 4  # counted in one read: on a CPU four cost about what one costs, eight cost twice that
+_ROWS, _ROW = 2**12, 2**17  # ties are counted in rows: this many at most, of at most this length
 
 
 def value_of(score: Score) -> Array:
@@ -108,6 +109,18 @@ class Reader(NamedTuple):
             n for size, o in zip(self.shape, outer, strict=True) for n in (o, size // max(o, 1))
         )
         return shape, tuple(range(1, len(shape), 2))
+
+    @property
+    def tie_rows(self) -> int:
+        """How many rows of equal length the units are counted in where ties are cut at once; 0 where they are not.
+
+        They are where the array lies on one device and has so many units for so few bits that some tie.
+        """
+        if not self.local or self.wide or self.size < 2 ** (8 * self.dtype.itemsize - 8):
+            return 0
+        most = min(_ROWS, math.isqrt(self.size))
+        rows = max(d for d in range(1, most + 1) if self.size % d == 0)
+        return rows if self.size // rows <= _ROW else 0
 
 
 def describe(score: Score, dtype: np.dtype | None = None) -> Reader:
@@ -197,6 +210,36 @@ def count_before(leaf: Reader, score: Score, table: Array, row: np.ndarray) -> N
     counts = jnp.stack(count_hits(hits, axes))
     inner = tuple(range(1, counts.ndim))
     return exact_sum(counts, lambda c: jnp.sum(c, axis=inner, dtype=jnp.uint32), leaf.wide)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def cut_ties(leaf: Reader, score: Score, table: Array, row: np.ndarray) -> Array:
+    """The flat index before which as many units equal a threshold as are to be kept.
+
+    The row holds the threshold and that number. The array is read once for the row of units that the last of them lies
+    in, and then that row.
+    """
+    shape = leaf.tie_rows, leaf.size // leaf.tie_rows
+    score = leaf.reshape(score, shape)
+    asked = _meshes.move_to(_row(table, row), _one_of(score))
+    # Barriers keep XLA from storing keys of all units for this read, that of the one row, and the mask.
+    score, (threshold, wanted) = lax.optimization_barrier((score, asked))
+    wanted = wanted.astype(jnp.uint32)
+
+    keys = leaf.keys(score)
+    pivot = threshold.astype(keys.dtype)
+    # Ties are a difference of two counts, since XLA does not vectorise a single one on CPUs.
+    before, upto = count_hits([keys < pivot, keys <= pivot], (1,))
+    running = jnp.cumsum(upto - before, dtype=jnp.uint32)
+    number = jnp.sum(running < wanted, dtype=jnp.uint32)  # of the row
+    earlier = jnp.max(jnp.where(running < wanted, running, np.uint32(0)))
+    score, number = lax.optimization_barrier((score, number))
+    units = jax.tree.map(
+        lambda x: lax.dynamic_index_in_dim(x, number, 0) if jnp.shape(x) == shape else x, score
+    )
+    running = jnp.cumsum(leaf.keys(units)[0] == pivot, dtype=jnp.uint32)
+    index = jnp.sum(running < wanted - earlier, dtype=jnp.uint32)
+    return number * np.uint32(shape[1]) + index + (wanted > 0).astype(jnp.uint32)
 
 
 @jax.jit
