@@ -4,14 +4,16 @@
 
 SmolLM2-135M dense; with a quarter of its parameters gone, in each feed-forward layer or in five layers and the others;
 and with 90% of each linear layer gone, every output keeping as many inputs, packed by `export.fastest` where that is
-faster. Tokens per second one by one, beside the bytes that a token reads, and of a whole prompt, beside its FLOPs.
+faster. Then all matrices in fewer bytes, in the fastest of the ways of `formats.py` for each shape. Tokens per second
+one by one, beside the bytes that a token reads, and of a whole prompt, beside its FLOPs.
 """
 
 import argparse
 import functools
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ import numpy as np
 from rich.console import Console
 
 import prunax
-from benchmarks import harness, smollm
+from benchmarks import formats, harness, kernels, smollm
 from benchmarks.smollm import Config
 from prunax import export, patterns, structured
 
@@ -131,6 +133,51 @@ def packed(params: Any, config: Config, sparsity: float) -> dict[str, Any]:
     return found
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["product"]
+)
+@dataclass(frozen=True)
+class Narrow:
+    """A matrix in fewer bytes: ``row @ matrix``, or, of a table of embeddings, ``table @ column`` and ``table[token]``.
+
+    Attributes:
+        arrays: those of a `formats.Format`; of a table the rows and their scales.
+        product: of the format.
+    """
+
+    arrays: tuple[jax.Array, ...]
+    product: Callable[..., jax.Array]
+    dtype = jnp.dtype("float32")
+
+    def __matmul__(self, x: jax.Array) -> jax.Array:
+        return self.product(x, *self.arrays)
+
+    def __rmatmul__(self, x: jax.Array) -> jax.Array:
+        return self.product(x[0], *self.arrays)[None]
+
+    def __getitem__(self, token: jax.Array) -> jax.Array:
+        rows, scale = self.arrays
+        return formats.wide(rows[token]) * scale[token if scale.size > 1 else 0]
+
+
+def narrow(w: PyTree, layer: str, table: str) -> PyTree:
+    """All matrices in formats, `layer` for linear layers and `table` for the table of embeddings."""
+    fastest: dict[Any, Any] = {}
+
+    def made(name: str, matrix: np.ndarray) -> Narrow:
+        found = (formats.FORMATS | formats.KERNELS)[name](matrix)
+        key = name, matrix.shape
+        if key not in fastest:
+            fastest[key] = formats.fastest(found, jnp.ones(matrix.shape[0]))
+        return Narrow(found.arrays, fastest[key])
+
+    layers = [
+        {n: made(layer, np.asarray(x)) if x.ndim == 2 else x for n, x in own.items()}
+        for own in w["layers"]
+    ]
+    return w | {"layers": layers, "embedding": made(table, np.asarray(w["embedding"]).T)}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = harness.parser("decoding", __doc__)
     parser.add_argument("--model", type=Path, required=True, help="the wheel, or the GGUF file")
@@ -143,19 +190,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     params, _ = smollm.load(path)
     config, prompt = Config(), jnp.arange(8, dtype=jnp.int32)
     long = jax.random.randint(jax.random.key(0), (1, args.prompt), 0, config.vocabulary)
-    narrow = huggingface.narrower(params, prompt[None], config, share=0.4225, heads=0).params
+    features = huggingface.narrower(params, prompt[None], config, share=0.4225, heads=0).params
     shallow = huggingface.shallower(params, prompt[None], config, range(20, 25))
     both = huggingface.renumbered(shallow.params)
     size = huggingface.sizes(both, config)
     both = huggingface.narrower(both, prompt[None], size, share=0.24, heads=0).params
     whole = {
         "dense": (params, config),
-        "a quarter gone: features": (narrow, huggingface.sizes(narrow, config)),
+        "a quarter gone: features": (features, huggingface.sizes(features, config)),
         "a quarter gone: layers and features": (both, huggingface.sizes(both, config)),
     }
     forms = packed(params, config, 0.9)
     networks = {n: (weights(p, c), c) for n, (p, c) in whole.items()}
     networks["90% of each linear layer, packed"] = (weights(params, config, forms), config)
+    for layer in ("dense, bfloat16", "dense, int8", "2:4, bfloat16", "2:4, int8"):
+        for by in ("", ", not XLA") if kernels.available() else ("",):
+            # The table is not pruned.
+            table = "dense, " + layer.split(", ")[1] + by
+            networks[layer + by] = narrow(weights(params, config), layer + by, table), config
     run = {n: lambda w=w, c=c: greedy(w, prompt, c, args.count) for n, (w, c) in networks.items()}
     apply = jax.jit(smollm.apply, static_argnums=2)
     seconds = harness.median_seconds(run, repeats=7)

@@ -3,6 +3,7 @@
 One matrix, batch 1, where reading the weights is all the work there is. Dense in float32, bfloat16 and int8; half of
 the weights as values and two bits each (2:4), in the same three; weights kept anywhere as values and a bitmask.
 Widening is part of the product. Of several ways to write one the fastest counts, beside what the bytes would allow.
+Where a compiler is, also by kernels outside of XLA.
 """
 
 import functools
@@ -16,7 +17,7 @@ from jax import lax
 from rich.console import Console
 
 import prunax
-from benchmarks import harness
+from benchmarks import harness, kernels
 
 Array = jax.Array
 SHAPES = [(576, 1536), (4096, 1024), (4096, 4096)]  # inputs x outputs
@@ -83,16 +84,21 @@ def dense(w: np.ndarray, kind: str) -> Format:
     return Format(stored(w.T, kind), ways | {f"loop of {n}": loop(n) for n in (1, 4, 8)})
 
 
-def two_of_four(w: np.ndarray, kind: str) -> Format:
-    """Two weights of every four inputs, and which: two bits each, a byte for four inputs."""
+def pairs(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of every four inputs the two weights of larger magnitude, and their places: both (out, in / 4, 2)."""
     mask = np.asarray(
         prunax.compute_masks({"kernel": w}, pattern=prunax.patterns.NM(2, 4))["kernel"]
     )
     groups = w.T.reshape(w.shape[1], -1, 4)
     kept = np.argsort(~mask.T.reshape(groups.shape), axis=2, kind="stable")[..., :2]
-    values = np.take_along_axis(groups, kept, 2).transpose(0, 2, 1)
+    return np.take_along_axis(groups, kept, 2), kept
+
+
+def two_of_four(w: np.ndarray, kind: str) -> Format:
+    """Two weights of every four inputs, and which: two bits each, a byte for four inputs."""
+    values, kept = pairs(w)
     places = jnp.asarray(kept[..., 0] | kept[..., 1] << 2, jnp.uint8)
-    v, scale = stored(values, kind)
+    v, scale = stored(values.transpose(0, 2, 1), kind)
 
     def loop(x: Array, v: Array, scale: Array, places: Array) -> Array:
         xs = x.reshape(-1, 4).T
@@ -129,11 +135,38 @@ def bitmask(w: np.ndarray, kind: str, sparsity: float) -> Format:
     return Format((v, scale, bits), {"expand": expand})
 
 
+def dense_kernel(w: np.ndarray, kind: str) -> Format:
+    """All weights, by a kernel outside of XLA."""
+    v, scale = stored(w.T, kind)
+    return Format((v, jnp.broadcast_to(scale, len(v))), {"kernel": kernels.dense})
+
+
+def two_of_four_kernel(w: np.ndarray, kind: str) -> Format:
+    """Two weights of every four inputs, and which: a byte for eight inputs; by a kernel outside of XLA."""
+    values, kept = pairs(w)
+    shifts = kept.reshape(len(kept), -1, 4) << np.arange(0, 8, 2)
+    places = jnp.asarray(np.bitwise_or.reduce(shifts, axis=2), jnp.uint8)
+    v, scale = stored(values.reshape(len(kept), -1), kind)
+    return Format((v, places, jnp.broadcast_to(scale, len(v))), {"kernel": kernels.pairs})
+
+
+def fastest(f: Format, x: Array, repeats: int = 7) -> Callable[..., Array]:
+    """The product of a format that takes the least time here."""
+    calls = {way: functools.partial(jax.jit(p), x, *f.arrays) for way, p in f.products.items()}
+    seconds = harness.median_seconds(calls, repeats)
+    return f.products[min(seconds, key=lambda way: seconds[way])]
+
+
 FORMATS: dict[str, Callable[[np.ndarray], Format]] = {
     **{f"dense, {k}": lambda w, k=k: dense(w, k) for k in DTYPES},
     **{f"2:4, {k}": lambda w, k=k: two_of_four(w, k) for k in DTYPES},
     "bitmask 75%, bfloat16": lambda w: bitmask(w, "bfloat16", 0.75),
     "bitmask 90%, bfloat16": lambda w: bitmask(w, "bfloat16", 0.9),
+}
+KERNELS: dict[str, Callable[[np.ndarray], Format]] = {
+    f"{name}, {k}, not XLA": lambda w, k=k, make=make: make(w, k)
+    for name, make in (("dense", dense_kernel), ("2:4", two_of_four_kernel))
+    for k in ("bfloat16", "int8")
 }
 
 
@@ -142,7 +175,8 @@ def measure(shape: tuple[int, int], repeats: int) -> list[dict[str, Any]]:
     rng = np.random.default_rng(0)
     w = rng.standard_normal(shape).astype(np.float32)
     x = jnp.asarray(rng.standard_normal(shape[0]), jnp.float32)
-    made = {name: make(w) for name, make in FORMATS.items()}
+    asked = FORMATS | (KERNELS if kernels.available() else {})
+    made = {name: make(w) for name, make in asked.items()}
     compiled = {
         (name, way): jax.jit(product)
         for name, f in made.items()

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import harness, smollm
+from benchmarks import harness
 
 Row = tuple[str, float, float, str]  # job, seconds of the limit, seconds found, peers
 INDEX_BYTES = 4  # beside each kept weight of four bytes, where single weights are packed
@@ -110,31 +110,9 @@ def _packed(content: Mapping[str, Any]) -> Sequence[Row]:
     return rows
 
 
-def _llm(content: Mapping[str, Any]) -> Sequence[Row]:
-    """Operations at the speed of matrix products that was measured around each run."""
-    c = smollm.Config()
-    kv = c.width * c.kv_heads // c.heads
-    weights = c.layers * c.width * (2 * c.width + 2 * kv + 3 * c.hidden)
-    tokens = content["calibration"]["length"] * sum(content["calibration"]["texts"].values())
-    forward = 2 * weights * tokens
-    # Inputs of q, k and v, of the output, of gate and up, of down. Symmetric: half of each product would do.
-    moments = c.layers * tokens * (3 * c.width**2 + c.hidden**2)
-    own = content["pass"]
-    least = forward / (1e9 * max(own["gflops"]))
-    rows: list[Row] = [("one pass of the model, compiled", least, own["seconds"], "")]
-    for r in content["results"]:
-        work = {"Wanda": forward, "SparseGPT": forward + moments}.get(r["method"])
-        if work and r["target"] in ("50%", "2:4"):
-            least = work / (1e9 * max(r["gflops"]))
-            compiled = r["seconds"] - (r["compiling"] or 0)
-            rows.append((f"{r['method']}, {r['target']}", least, compiled, ""))
-    return rows
-
-
 JOBS = {
     "selection": _selection,
     "overhead": _overhead,
     "structured": _structured,
     "packed": _packed,
-    "llm": _llm,
 }

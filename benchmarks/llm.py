@@ -127,7 +127,6 @@ class Result(NamedTuple):
         seconds: with compilation.
         memory: the most that the process used above what it used before, in bytes; None where it cannot be read.
         gflops: what the machine did of matrix products right before and right after: how free it was.
-        compiling: how many of the seconds XLA compiled; None where that was not measured.
     """
 
     method: str
@@ -136,19 +135,6 @@ class Result(NamedTuple):
     perplexity: dict[str, float]
     seconds: float
     memory: int | None
-    gflops: tuple[float, float]
-    compiling: float | None = None
-
-
-class Pass(NamedTuple):
-    """The dense model's own pass over the calibration tokens, compiled, up to the last layer's output.
-
-    Attributes:
-        seconds: of all batches.
-        gflops: of matrix products, before and after.
-    """
-
-    seconds: float
     gflops: tuple[float, float]
 
 
@@ -159,34 +145,14 @@ def measure(
     before = speed()
     params = jax.block_until_ready(jax.tree.map(jnp.copy, params))  # for the method to use up
     start = time.perf_counter()
-    with harness.peak_memory() as peak, harness.compile_seconds() as compiling:
+    with harness.peak_memory() as peak:
         pruned = jax.block_until_ready(METHODS[method](params, batches, target, **options))
     seconds = time.perf_counter() - start
     gflops = before, speed()
     masks = [m for m in jax.tree.leaves(pruned.masks) if m.ndim]
     kept = sum(int(m.sum()) for m in masks) / sum(m.size for m in masks)
     perplexity = {name: smollm.perplexity(pruned.params, rows) for name, rows in texts.items()}
-    return Result(method, target.name, 1 - kept, perplexity, seconds, peak[0], gflops, compiling[0])
-
-
-def own_pass(params: Any, batches: Sequence[jax.Array]) -> Pass:
-    """Times what every method that looks at activations has to do at the least."""
-
-    @jax.jit
-    def last(params: Any, tokens: jax.Array) -> Any:
-        def is_last(module: Any, _: str) -> bool:
-            return module.name == "norm"
-
-        model = smollm.Llama()
-        options: Any = {"capture_intermediates": is_last, "mutable": ["intermediates"]}
-        return model.apply({"params": params}, tokens, **options)[1]
-
-    jax.block_until_ready(last(params, batches[0]))
-    before = speed()
-    start = time.perf_counter()
-    for batch in batches:
-        jax.block_until_ready(last(params, batch))
-    return Pass(time.perf_counter() - start, (before, speed()))
+    return Result(method, target.name, 1 - kept, perplexity, seconds, peak[0], gflops)
 
 
 def speed(rows: int = 2048, length: int = 576, width: int = 1536) -> float:
@@ -239,8 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # What glibc keeps of freed memory counts as used by the process.
         "malloc": {k: v for k, v in os.environ.items() if k.startswith("MALLOC_")},
     }
-    dense, results, bare = earlier(args.out / "llm.json", settings)
-    bare = bare or own_pass(params, batches)
+    dense, results = earlier(args.out / "llm.json", settings)
     dense = dense or {name: smollm.perplexity(params, own) for name, own in texts.items()}
     console.print({name: round(value, 2) for name, value in dense.items()})
     done = {(r.method, r.target) for r in results}
@@ -255,32 +220,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not console.is_terminal:
                 console.print(note)
             # After each, so that a run that is broken off has not run for nothing.
-            write(args.out, settings, dense, results, bare)
-    content = write(args.out, settings, dense, results, bare)
+            write(args.out, settings, dense, results)
+    content = write(args.out, settings, dense, results)
     for table in tables(content).values():
         Console().print(table)
     return 0
 
 
-def earlier(
-    path: Path, settings: dict[str, Any]
-) -> tuple[dict[str, float], list[Result], Pass | None]:
+def earlier(path: Path, settings: dict[str, Any]) -> tuple[dict[str, float], list[Result]]:
     """The figures of a run with the same settings, none if there was no such run."""
     if not path.exists():
-        return {}, [], None
+        return {}, []
     content = json.loads(path.read_text())
     if any(content[name] != value for name, value in settings.items()):
-        return {}, [], None
-    bare = Pass(**content["pass"]) if "pass" in content else None
-    return content["dense"], [Result(**result) for result in content["results"]], bare
+        return {}, []
+    return content["dense"], [Result(**result) for result in content["results"]]
 
 
 def write(
-    folder: Path,
-    settings: dict[str, Any],
-    dense: dict[str, float],
-    results: Sequence[Result],
-    bare: Pass,
+    folder: Path, settings: dict[str, Any], dense: dict[str, float], results: Sequence[Result]
 ) -> dict[str, Any]:
     """Writes every figure with the settings and the machine behind it, tables of them, and a picture.
 
@@ -290,7 +248,6 @@ def write(
     # Fractions before n of m.
     results = sorted(results, key=lambda r: (":" in r.target, r.target, order.index(r.method)))
     content = {"environment": harness.environment(), **settings, "dense": dense}
-    content["pass"] = bare._asdict()
     content["results"] = [result._asdict() for result in results]
     file = folder / "llm.json"
     harness.write_json(file, content)
@@ -335,9 +292,7 @@ def tables(content: Mapping[str, Any]) -> dict[str, harness.Table]:
 def _cost(result: Result) -> str:
     memory = "" if result.memory is None else f", {result.memory / 2**20:.0f} MiB"
     speeds = " and ".join(f"{x:.0f}" for x in result.gflops)
-    own = result.compiling
-    compiling = "" if own is None else f", {own:.0f} of them compiling"
-    return f"{result.seconds:.0f} s{compiling}{memory} ({speeds})"
+    return f"{result.seconds:.0f} s{memory} ({speeds})"
 
 
 def plot(dense: dict[str, float], results: Sequence[Result], path: Path) -> None:

