@@ -4,7 +4,8 @@
 
 Wanda and SparseGPT on SmolLM2-135M. Each runs twice, since the first call compiles. The model's own pass over the same
 tokens, up to the last layer, runs before and after them. At the least a method does the operations of the layers, and
-SparseGPT those of the second moments of their inputs, at the speed of a matrix product right before and after.
+SparseGPT those of the second moments of their inputs, at the speed of a matrix product right before and after. What
+SparseGPT adds is timed alone too: second moments and solving, at the model's sizes.
 """
 
 import sys
@@ -19,6 +20,7 @@ import numpy as np
 from rich.console import Console
 
 from benchmarks import harness, llm, smollm
+from prunax.calibration import solver
 
 METHODS, TARGETS = ("Wanda", "SparseGPT"), ("0.5", "2:4")
 PASS = "the model's own pass"
@@ -53,6 +55,40 @@ def operations(method: str, tokens: int) -> int:
     # Inputs of q, k and v, of the output, of gate and up, of down. Symmetric: half of each product does.
     moments = c.layers * tokens * (3 * c.width**2 + c.hidden**2)
     return 2 * weights * tokens + (moments if method == "SparseGPT" else 0)
+
+
+def parts(tokens: int, rows: int) -> dict[str, float]:
+    """Seconds of what SparseGPT adds to the model's pass, for all layers, each part alone on inputs of noise."""
+    c, rng = smollm.Config(), np.random.default_rng(0)
+    kv = c.width * c.kv_heads // c.heads
+    # Inputs, and the outputs of the matrices that they meet.
+    layers = [
+        (c.width, (c.width, kv, kv)),
+        (c.width, (c.width,)),
+        (c.width, (c.hidden, c.hidden)),
+        (c.hidden, (c.width,)),
+    ]
+    add = jax.jit(lambda total, x: total + solver.gram(x))
+    factorize = jax.jit(solver.factorize)
+    found = {"second moments": 0.0, "factorising": 0.0, "solving": 0.0}
+    for inputs, outputs in layers:
+        x = jnp.asarray(rng.standard_normal((rows, inputs)), jnp.float32)
+        total = jnp.eye(inputs)
+        factor = factorize(solver.gram(x))
+        matrices = [jnp.asarray(rng.standard_normal((inputs, n)), jnp.float32) for n in outputs]
+        seconds = harness.median_seconds(
+            {
+                "second moments": lambda t=total, x=x: add(t, x),
+                "factorising": lambda x=x: factorize(solver.gram(x)),
+                "gram": lambda x=x: solver.gram(x),
+                "solving": lambda m=matrices, f=factor: [solver.obs(w, f, w.size // 2) for w in m],
+            },
+            repeats=5,
+        )
+        found["second moments"] += c.layers * tokens / rows * seconds["second moments"]
+        found["factorising"] += c.layers * (seconds["factorising"] - seconds["gram"])
+        found["solving"] += c.layers * seconds["solving"]
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -91,14 +127,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 records.append({"what": what, "call": call, **timed(run)})
                 progress.update(task, advance=1)
     content = harness.content(
-        "python -m benchmarks.calibrating", tokens=rows.size, records=records
+        "python -m benchmarks.calibrating",
+        tokens=rows.size,
+        records=records,
+        added=parts(rows.size, batches[0].size),
     )
     harness.publish(args.out / "calibrating.json", "Calibrating", content, tables, Console())
     return 0
 
 
 def tables(content: Mapping[str, Any]) -> dict[str, harness.Table]:
-    """The table of a results file, by the name that `render.py` knows it by."""
+    """The tables of a results file, by the names that `render.py` knows them by."""
     of: dict[str, list[Mapping[str, Any]]] = {}
     for r in content["records"]:
         of.setdefault(r["what"], []).append(r)
@@ -130,7 +169,13 @@ def tables(content: Mapping[str, Any]) -> dict[str, harness.Table]:
         "compiling in it, s",
     )
     title = f"SmolLM2-135M, {content['tokens']:,} tokens"
-    return {"calibrating": harness.Table(columns, rows, title=title)}
+    added = [(part, f"{seconds:.1f}") for part, seconds in content["added"].items()]
+    return {
+        "calibrating": harness.Table(columns, rows, title=title),
+        "calibrating/added": harness.Table(
+            ("what SparseGPT adds, alone", "seconds"), added, title="What SparseGPT adds"
+        ),
+    }
 
 
 if __name__ == "__main__":

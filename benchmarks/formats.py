@@ -141,13 +141,17 @@ def dense_kernel(w: np.ndarray, kind: str) -> Format:
     return Format((v, jnp.broadcast_to(scale, len(v))), {"kernel": kernels.dense})
 
 
-def two_of_four_kernel(w: np.ndarray, kind: str) -> Format:
-    """Two weights of every four inputs, and which: a byte for eight inputs; by a kernel outside of XLA."""
-    values, kept = pairs(w)
-    shifts = kept.reshape(len(kept), -1, 4) << np.arange(0, 8, 2)
-    places = jnp.asarray(np.bitwise_or.reduce(shifts, axis=2), jnp.uint8)
-    v, scale = stored(values.reshape(len(kept), -1), kind)
-    return Format((v, places, jnp.broadcast_to(scale, len(v))), {"kernel": kernels.pairs})
+def masked_kernel(w: np.ndarray, kind: str, sparsity: float | None) -> Format:
+    """The kept weights and a bit for each weight, by a kernel outside of XLA; None for two of four."""
+    pattern = prunax.patterns.NM(2, 4) if sparsity is None else prunax.patterns.Unstructured()
+    mask = prunax.compute_masks({"kernel": w}, sparsity, pattern=pattern)["kernel"]
+    mask = np.asarray(mask).T
+    v, scale = stored(w.T, kind)
+    flat = jnp.pad(v[mask], (0, kernels.PADDING))
+    starts = np.cumsum(mask.sum(1)) - mask.sum(1)
+    bits = np.packbits(mask, axis=1, bitorder="little")
+    arrays = flat, jnp.asarray(bits), jnp.asarray(starts, jnp.int32)
+    return Format((*arrays, jnp.broadcast_to(scale, len(mask))), {"kernel": kernels.masked})
 
 
 def fastest(f: Format, x: Array, repeats: int = 7) -> Callable[..., Array]:
@@ -163,11 +167,12 @@ FORMATS: dict[str, Callable[[np.ndarray], Format]] = {
     "bitmask 75%, bfloat16": lambda w: bitmask(w, "bfloat16", 0.75),
     "bitmask 90%, bfloat16": lambda w: bitmask(w, "bfloat16", 0.9),
 }
-KERNELS: dict[str, Callable[[np.ndarray], Format]] = {
-    f"{name}, {k}, not XLA": lambda w, k=k, make=make: make(w, k)
-    for name, make in (("dense", dense_kernel), ("2:4", two_of_four_kernel))
-    for k in ("bfloat16", "int8")
-}
+KERNELS: dict[str, Callable[[np.ndarray], Format]] = {}
+for _kind in ("bfloat16", "int8"):
+    KERNELS[f"dense, {_kind}, not XLA"] = functools.partial(dense_kernel, kind=_kind)
+    for _name, _sparsity in (("2:4", None), ("bitmask 75%", 0.75), ("bitmask 90%", 0.9)):
+        make = functools.partial(masked_kernel, kind=_kind, sparsity=_sparsity)
+        KERNELS[f"{_name}, {_kind}, not XLA"] = make
 
 
 def measure(shape: tuple[int, int], repeats: int) -> list[dict[str, Any]]:

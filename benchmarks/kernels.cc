@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <memory>
 #include <thread>
@@ -42,71 +43,66 @@ void ForRows(ffi::ThreadPool& pool, int64_t rows, int64_t bytes, std::function<v
   while (work->done.load(std::memory_order_acquire) < rows) std::this_thread::yield();
 }
 
-__m256 Eight(const int8_t* w) {
-  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(w))));
+// 16 weights as float32.
+__m512 Wide(__m128i int8) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(int8)); }
+__m512 Wide(__m256i bfloat16) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bfloat16), 16));
 }
 
-__m256 Eight(const uint16_t* w) {  // bfloat16
-  __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w)));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+// Sums of products of 64 weights of one byte, or 32 of two, that fill a register.
+void Multiply(__m512i w, const float* x, __m512 (&sums)[4], int8_t) {
+  sums[0] = _mm512_fmadd_ps(Wide(_mm512_castsi512_si128(w)), _mm512_loadu_ps(x), sums[0]);
+  sums[1] = _mm512_fmadd_ps(Wide(_mm512_extracti32x4_epi32(w, 1)), _mm512_loadu_ps(x + 16), sums[1]);
+  sums[2] = _mm512_fmadd_ps(Wide(_mm512_extracti32x4_epi32(w, 2)), _mm512_loadu_ps(x + 32), sums[2]);
+  sums[3] = _mm512_fmadd_ps(Wide(_mm512_extracti32x4_epi32(w, 3)), _mm512_loadu_ps(x + 48), sums[3]);
+}
+void Multiply(__m512i w, const float* x, __m512 (&sums)[4], uint16_t) {
+  sums[0] = _mm512_fmadd_ps(Wide(_mm512_castsi512_si256(w)), _mm512_loadu_ps(x), sums[0]);
+  sums[1] = _mm512_fmadd_ps(Wide(_mm512_extracti64x4_epi64(w, 1)), _mm512_loadu_ps(x + 16), sums[1]);
 }
 
-float Sum(__m256 x) {
-  __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
-  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+__m512i Load(const void* w) { return _mm512_loadu_si512(w); }
+
+float Total(const __m512 (&sums)[4]) {
+  return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3])));
 }
 
-// All weights, 32 inputs at a time.
+// All weights of a row.
 template <typename T>
 float DenseRow(const T* w, const float* x, int64_t inputs) {
-  __m256 sums[4] = {};
-  for (int64_t i = 0; i < inputs; i += 32)
-    for (int j = 0; j < 4; ++j)
-      sums[j] = _mm256_fmadd_ps(Eight(w + i + 8 * j), _mm256_loadu_ps(x + i + 8 * j), sums[j]);
-  return Sum(_mm256_add_ps(_mm256_add_ps(sums[0], sums[1]), _mm256_add_ps(sums[2], sums[3])));
+  constexpr int64_t kEach = 64 / sizeof(T);
+  __m512 sums[4] = {};
+  for (int64_t i = 0; i < inputs; i += kEach) Multiply(Load(w + i), x + i, sums, T());
+  return Total(sums);
 }
 
-// Where each of 8 inputs finds its weight among the 4 kept, for each byte of places: two groups of four inputs, two
-// weights each, two bits a weight.
-struct Places {
-  alignas(32) int32_t from[256][8];
-  alignas(32) int32_t kept[256][8];
-
-  Places() : from{}, kept{} {
-    for (int byte = 0; byte < 256; ++byte)
-      for (int n = 0; n < 4; ++n) {
-        int input = 4 * (n / 2) + (byte >> (2 * n) & 3);
-        from[byte][input] = n;
-        kept[byte][input] = -1;
-      }
+// The kept weights of a row go to where the bits of the mask are.
+float MaskedRow(const int8_t* w, const uint8_t* bits, const float* x, int64_t inputs) {
+  __m512 sums[4] = {};
+  for (int64_t i = 0; i < inputs; i += 64) {
+    uint64_t kept;
+    std::memcpy(&kept, bits + i / 8, 8);
+    Multiply(_mm512_maskz_expand_epi8(kept, Load(w)), x + i, sums, int8_t());
+    w += _mm_popcnt_u64(kept);
   }
-};
-const Places kPlaces;
-
-// Two weights of every four inputs: eight weights at a time are widened and go to sixteen inputs.
-template <typename T>
-float PairRow(const T* w, const uint8_t* places, const float* x, int64_t inputs) {
-  __m256 sums[2] = {};
-  for (int64_t i = 0; i < inputs; i += 16) {
-    __m256 eight = Eight(w + i / 2);
-    __m256 parts[2] = {eight, _mm256_permute2f128_ps(eight, eight, 0x11)};
-    for (int j = 0; j < 2; ++j) {
-      uint8_t byte = places[i / 8 + j];
-      __m256i from = _mm256_load_si256(reinterpret_cast<const __m256i*>(kPlaces.from[byte]));
-      __m256 kept = _mm256_load_ps(reinterpret_cast<const float*>(kPlaces.kept[byte]));
-      __m256 spread = _mm256_and_ps(_mm256_permutevar8x32_ps(parts[j], from), kept);
-      sums[j] = _mm256_fmadd_ps(spread, _mm256_loadu_ps(x + i + 8 * j), sums[j]);
-    }
+  return Total(sums);
+}
+float MaskedRow(const uint16_t* w, const uint8_t* bits, const float* x, int64_t inputs) {
+  __m512 sums[4] = {};
+  for (int64_t i = 0; i < inputs; i += 32) {
+    uint32_t kept;
+    std::memcpy(&kept, bits + i / 8, 4);
+    Multiply(_mm512_maskz_expand_epi16(kept, Load(w)), x + i, sums, uint16_t());
+    w += _mm_popcnt_u32(kept);
   }
-  return Sum(_mm256_add_ps(sums[0], sums[1]));
+  return Total(sums);
 }
 
 template <typename T, ffi::DataType D>
 ffi::Error Dense(ffi::ThreadPool pool, ffi::BufferR1<ffi::F32> x, ffi::BufferR2<D> w, ffi::BufferR1<ffi::F32> scale,
                  ffi::ResultBufferR1<ffi::F32> y) {
   int64_t rows = w.dimensions()[0], inputs = w.dimensions()[1];
-  if (inputs % 32) return ffi::Error::InvalidArgument("inputs come in 32s");
+  if (inputs % 64) return ffi::Error::InvalidArgument("inputs come in 64s");
   const T* weights = reinterpret_cast<const T*>(w.untyped_data());
   const float *in = x.typed_data(), *by = scale.typed_data();
   float* out = y->typed_data();
@@ -117,17 +113,18 @@ ffi::Error Dense(ffi::ThreadPool pool, ffi::BufferR1<ffi::F32> x, ffi::BufferR2<
 }
 
 template <typename T, ffi::DataType D>
-ffi::Error Pairs(ffi::ThreadPool pool, ffi::BufferR1<ffi::F32> x, ffi::BufferR2<D> w, ffi::BufferR2<ffi::U8> places,
-                 ffi::BufferR1<ffi::F32> scale, ffi::ResultBufferR1<ffi::F32> y) {
-  int64_t rows = w.dimensions()[0], inputs = 2 * w.dimensions()[1];
-  if (inputs % 16) return ffi::Error::InvalidArgument("inputs come in 16s");
+ffi::Error Masked(ffi::ThreadPool pool, ffi::BufferR1<ffi::F32> x, ffi::BufferR1<D> w, ffi::BufferR2<ffi::U8> mask,
+                  ffi::BufferR1<ffi::S32> starts, ffi::BufferR1<ffi::F32> scale, ffi::ResultBufferR1<ffi::F32> y) {
+  int64_t rows = mask.dimensions()[0], inputs = 8 * mask.dimensions()[1];
+  if (inputs % 64) return ffi::Error::InvalidArgument("inputs come in 64s");
   const T* weights = reinterpret_cast<const T*>(w.untyped_data());
-  const uint8_t* where = places.typed_data();
+  const uint8_t* bits = mask.typed_data();
+  const int32_t* first = starts.typed_data();
   const float *in = x.typed_data(), *by = scale.typed_data();
   float* out = y->typed_data();
-  ForRows(pool, rows, w.size_bytes() + places.size_bytes(), [=](int64_t from, int64_t to) {
+  ForRows(pool, rows, w.size_bytes() + mask.size_bytes(), [=](int64_t from, int64_t to) {
     for (int64_t o = from; o < to; ++o)
-      out[o] = by[o] * PairRow(weights + o * inputs / 2, where + o * inputs / 8, in, inputs);
+      out[o] = by[o] * MaskedRow(weights + first[o], bits + o * inputs / 8, in, inputs);
   });
   return ffi::Error::Success();
 }
@@ -142,17 +139,18 @@ ffi::Error Pairs(ffi::ThreadPool pool, ffi::BufferR1<ffi::F32> x, ffi::BufferR2<
                                     .Arg<ffi::BufferR2<D>>()                              \
                                     .Arg<ffi::BufferR1<ffi::F32>>()                       \
                                     .Ret<ffi::BufferR1<ffi::F32>>())
-#define PAIRS(NAME, T, D)                                                                 \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(NAME, (Pairs<T, D>),                                      \
+#define MASKED(NAME, T, D)                                                                \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(NAME, (Masked<T, D>),                                     \
                                 ffi::Ffi::Bind()                                          \
                                     .Ctx<ffi::ThreadPool>()                               \
                                     .Arg<ffi::BufferR1<ffi::F32>>()                       \
-                                    .Arg<ffi::BufferR2<D>>()                              \
+                                    .Arg<ffi::BufferR1<D>>()                              \
                                     .Arg<ffi::BufferR2<ffi::U8>>()                        \
+                                    .Arg<ffi::BufferR1<ffi::S32>>()                       \
                                     .Arg<ffi::BufferR1<ffi::F32>>()                       \
                                     .Ret<ffi::BufferR1<ffi::F32>>())
 
 DENSE(dense_bfloat16, uint16_t, ffi::BF16);
 DENSE(dense_int8, int8_t, ffi::S8);
-PAIRS(pairs_bfloat16, uint16_t, ffi::BF16);
-PAIRS(pairs_int8, int8_t, ffi::S8);
+MASKED(masked_bfloat16, uint16_t, ffi::BF16);
+MASKED(masked_int8, int8_t, ffi::S8);

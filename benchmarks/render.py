@@ -19,6 +19,7 @@ from benchmarks import (
     adversarial,
     anomalies,
     budgets,
+    calibrating,
     checkpoints,
     decoding,
     finetuning,
@@ -67,6 +68,7 @@ SOURCES = {
     "decoding": decoding.tables,
     "checkpoints": checkpoints.tables,
     "llm": llm.tables,
+    "calibrating": calibrating.tables,
     "zoo": zoo.tables,
 }
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end table -->)", re.DOTALL)
