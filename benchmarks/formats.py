@@ -74,7 +74,7 @@ def dense(w: np.ndarray, kind: str) -> Format:
     def loop(parts: int) -> Callable[..., Array]:
         def product(x: Array, w: Array, scale: Array) -> Array:
             split, xs = w.reshape(len(w), parts, -1), x.reshape(parts, -1)
-            return sums([xs[i] * wide(split[:, i]) for i in range(parts)]) * scale
+            return sums([xs[i][None] * wide(split[:, i]) for i in range(parts)]) * scale
 
         return product
 
