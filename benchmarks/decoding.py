@@ -205,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     networks["90% of each linear layer, packed"] = (weights(params, config, forms), config)
     for kind in ("bfloat16", "int8"):
         for by in ("", ", not XLA") if kernels.available() else ("",):
-            # Bitmasks take XLA a hundred times as long. The table is not pruned.
+            # Bitmasks take XLA tens of times as long. The table is not pruned.
             for layer in ("dense", "2:4", *(["bitmask 90%"] if by else [])):
                 name = f"{layer}, {kind}{by}"
                 form = narrow(weights(params, config), name, f"dense, {kind}{by}")
@@ -257,7 +257,7 @@ def tables(content: Mapping[str, Any]) -> dict[str, harness.Table]:
         ]
         for r in content["rows"]
     }
-    narrow = [r["network"] for r in others if "bfloat16" in r["network"] or "int8" in r["network"]]
+    fewer = [r["network"] for r in others if "bfloat16" in r["network"] or "int8" in r["network"]]
     of_prompt = [
         [
             r["network"],
@@ -272,11 +272,11 @@ def tables(content: Mapping[str, Any]) -> dict[str, harness.Table]:
     prompt = ["", "tokens per second", "GFLOP", "speed-up", "fewer FLOPs", "speed-up over that"]
     return {
         "decoding": harness.Table(
-            heads, [row for n, row in rows.items() if n not in narrow], title="One by one"
+            heads, [row for n, row in rows.items() if n not in fewer], title="One by one"
         ),
         "decoding/formats": harness.Table(
             heads,
-            [rows[n] for n in (dense["network"], *narrow)],
+            [rows[n] for n in (dense["network"], *fewer)],
             title="One by one, in fewer bytes",
         ),
         "decoding/prompt": harness.Table(prompt, of_prompt, title="A prompt"),

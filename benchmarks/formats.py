@@ -171,8 +171,9 @@ KERNELS: dict[str, Callable[[np.ndarray], Format]] = {}
 for _kind in ("bfloat16", "int8"):
     KERNELS[f"dense, {_kind}, not XLA"] = functools.partial(dense_kernel, kind=_kind)
     for _name, _sparsity in (("2:4", None), ("bitmask 75%", 0.75), ("bitmask 90%", 0.9)):
-        make = functools.partial(masked_kernel, kind=_kind, sparsity=_sparsity)
-        KERNELS[f"{_name}, {_kind}, not XLA"] = make
+        KERNELS[f"{_name}, {_kind}, not XLA"] = functools.partial(
+            masked_kernel, kind=_kind, sparsity=_sparsity
+        )
 
 
 def measure(shape: tuple[int, int], repeats: int) -> list[dict[str, Any]]:

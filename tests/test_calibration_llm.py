@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import llm, smollm
+from benchmarks import calibrating, llm, smollm
 from prunax import calibration, patterns
 
 CONFIG = smollm.Config(
@@ -154,3 +154,22 @@ def test_figures_are_kept_from_run_to_run(tmp_path):
     assert "the model loaded (MALLOC_ARENA_MAX=1)" in text
     assert "| Wanda | 30.00 |" in text and "1 s, 1 MiB (1 and 2)" in text
     assert (tmp_path / "llm.png").stat().st_size > 0
+
+
+def test_methods_beside_the_models_own_pass():
+    def called(what, *seconds):
+        return [
+            {"what": what, "seconds": s, "compiling": 0.5, "gflops": [100.0, 50.0]} for s in seconds
+        ]
+
+    records = [*called(calibrating.PASS, 9, 4), *called("SparseGPT, 50%", 20, 12)]
+    content = {"tokens": 1000, "added": {"solving": 2.0}}
+    content["records"] = records + called(calibrating.PASS, 4, 7)
+    made = calibrating.tables(content)
+    own, sparse = made["calibrating"].rows
+    # 106,168,320 weights in layers, and their inputs' second moments by halves.
+    least = 1e-11 * 2 * 106_168_320 * 1000
+    moments = 1e-11 * 30 * 1000 * (3 * 576**2 + 1536**2)
+    assert own[2:5] == ("5.0", f"{5 / least:.2f}", "1.00")
+    assert sparse[2:] == ("12.0", f"{12 / (least + moments):.2f}", "2.40", "20.0", "0.5")
+    assert made["calibrating/added"].rows == [("solving", "2.0")]

@@ -123,8 +123,8 @@ def test_pools_of_many_arrays(seed):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_many_arrays_at_once(dtype):
     # More arrays than one compiled loop is given: they are read shape by shape from Python.
-    scores = [jnp.asarray(RNG.integers(0, 9, (3 + i % 2, 5)), dtype) for i in range(40)]
-    check(scores, [tuple(range(40))], [333])
+    scores = [jnp.asarray(RNG.integers(0, 9, (30 + i % 2, 11)), dtype) for i in range(40)]
+    check(scores, [tuple(range(40))], [3333])
     check(scores, [(i,) for i in range(40)], [i % 9 for i in range(40)])
 
 
@@ -149,8 +149,23 @@ def test_scores_of_few_values_share_what_ties():
         check(scores, [(3, 0, 2, 1)], [k])
 
 
-def test_functions_stand_for_their_values():
-    w = jnp.asarray(RNG.standard_normal((20, 30)), jnp.float32)
+@pytest.mark.parametrize("count", [2, 18])  # in one program, and read from Python
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_pool_over_two_meshes(dtype, count):
+    meshes = [jax.make_mesh((1,), (name,), axis_types=(AxisType.Explicit,)) for name in ("x", "y")]
+    scores = [
+        jax.device_put(
+            jnp.asarray(RNG.integers(0, 3, (40, 30)), dtype),
+            NamedSharding(meshes[i % 2], PartitionSpec()),
+        )
+        for i in range(count)
+    ]
+    check(scores, [tuple(range(count))], [500 * count])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_functions_stand_for_their_values(dtype):
+    w = jnp.asarray(RNG.integers(-9, 9, (20, 30)), dtype)
     (lazy,) = _selection.keep_largest([Partial(jnp.abs, w)], [(0,)], [450])
     (direct,) = _selection.keep_largest([jnp.abs(w)], [(0,)], [450])
     assert np.array_equal(lazy, direct)
@@ -198,8 +213,8 @@ def test_nothing_as_large_as_the_scores_is_stored(dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_vmap_over_the_number_pruned(dtype):
-    x = jnp.asarray(RNG.integers(-9, 9, (12, 11)), dtype)
-    ks = jnp.arange(0, 133, 12, dtype=jnp.uint32)
+    x = jnp.asarray(RNG.integers(-9, 9, (24, 11)), dtype)
+    ks = jnp.arange(0, 265, 24, dtype=jnp.uint32)
     masks = jax.vmap(
         lambda k: _selection.keep_largest([x], [(0,)], [_counts.Count(jnp.uint32(0), k)])[0]
     )(ks)

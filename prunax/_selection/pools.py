@@ -167,20 +167,22 @@ def _thresholds(
     stride = _sample_stride(leaves, owner)
     if stride is not None:
         samples = [
-            _sample(leaf, stride[p], score)
+            _meshes.move_to(_sample(leaf, stride[p], score), home)
             for leaf, p, score in zip(leaves, owner, scores, strict=True)
         ]
         bracket = bracket._replace(pivots=_sampled_pivots(owner, samples, target, bracket))
     bracket = search(owner, target, bracket, of_pool, on_host)
     threshold, share, bracket = _tie_bracket(leaves, owner, target, bracket)
     xp, fetch = (np, jax.device_get) if on_host else (jnp, lambda x: x)
-    if all(leaf.tie_rows for leaf in leaves):
+    crowded = sum(leaf.size for leaf in leaves if leaf.crowded)
+    if 2 * crowded > sum(leaf.size for leaf in leaves) and all(leaf.tie_rows for leaf in leaves):
         asked = fetch(_pairs(threshold, share))
-        found = [
+        cuts = [
             cut_ties(leaf, score, asked, _pair(n))
             for n, (leaf, score) in enumerate(zip(leaves, scores, strict=True))
         ]
-        return fetch(_pairs(threshold, xp.stack(fetch(found))))
+        cuts = jax.device_get(cuts) if on_host else [_meshes.move_to(c, home) for c in cuts]
+        return fetch(_pairs(threshold, xp.stack(cuts)))
     column = fetch(threshold)
 
     def of_ties(pivots: Array, asked: Sequence[int]) -> list[Number]:

@@ -111,14 +111,16 @@ class Reader(NamedTuple):
         return shape, tuple(range(1, len(shape), 2))
 
     @property
-    def tie_rows(self) -> int:
-        """How many rows of equal length the units are counted in where ties are cut at once; 0 where they are not.
+    def crowded(self) -> bool:
+        """Whether it has so many units for so few bits that many tie."""
+        return self.size >= 2 ** (8 * self.dtype.itemsize - 8)
 
-        They are where the array lies on one device and has so many units for so few bits that some tie.
-        """
-        if not self.local or self.wide or self.size < 2 ** (8 * self.dtype.itemsize - 8):
+    @property
+    def tie_rows(self) -> int:
+        """How many rows of equal length the units can be counted in to cut ties at once; 0 where they cannot."""
+        if not self.local:
             return 0
-        most = min(_ROWS, math.isqrt(self.size))
+        most = max(min(_ROWS, math.isqrt(self.size)), 1)
         rows = max(d for d in range(1, most + 1) if self.size % d == 0)
         return rows if self.size // rows <= _ROW else 0
 
@@ -216,8 +218,8 @@ def count_before(leaf: Reader, score: Score, table: Array, row: np.ndarray) -> N
 def cut_ties(leaf: Reader, score: Score, table: Array, row: np.ndarray) -> Array:
     """The flat index before which as many units equal a threshold as are to be kept.
 
-    The row holds the threshold and that number. The array is read once for the row of units that the last of them lies
-    in, and then that row.
+    The row of the table holds the threshold and that number. The array is read once for the row of units that the last
+    of them lies in, and then that row. Where all are to be kept, the index may be past the end.
     """
     shape = leaf.tie_rows, leaf.size // leaf.tie_rows
     score = leaf.reshape(score, shape)
