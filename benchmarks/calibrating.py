@@ -47,47 +47,50 @@ def timed(run: Any) -> dict[str, Any]:
     return {"seconds": seconds, "compiling": compiling[0], "gflops": (before, llm.speed())}
 
 
-def operations(method: str, tokens: int) -> int:
-    """Floating-point operations that a method cannot do without."""
+def matrices() -> list[tuple[int, tuple[int, ...]]]:
+    """Of one layer the inputs, and the outputs of the matrices that they meet: q, k and v; out; gate and up; down."""
     c = smollm.Config()
     kv = c.width * c.kv_heads // c.heads
-    weights = c.layers * c.width * (2 * c.width + 2 * kv + 3 * c.hidden)
-    # Inputs of q, k and v, of the output, of gate and up, of down. Symmetric: half of each product does.
-    moments = c.layers * tokens * (3 * c.width**2 + c.hidden**2)
-    return 2 * weights * tokens + (moments if method == "SparseGPT" else 0)
-
-
-def parts(tokens: int, rows: int) -> dict[str, float]:
-    """Seconds of what SparseGPT adds to the model's pass, for all layers, each part alone on inputs of noise."""
-    c, rng = smollm.Config(), np.random.default_rng(0)
-    kv = c.width * c.kv_heads // c.heads
-    # Inputs, and the outputs of the matrices that they meet.
-    layers = [
+    return [
         (c.width, (c.width, kv, kv)),
         (c.width, (c.width,)),
         (c.width, (c.hidden, c.hidden)),
         (c.hidden, (c.width,)),
     ]
+
+
+def operations(method: str, tokens: int) -> int:
+    """Floating-point operations that a method cannot do without."""
+    layers = smollm.Config().layers
+    weights = layers * sum(inputs * sum(outputs) for inputs, outputs in matrices())
+    # Symmetric: half of each product does.
+    moments = layers * tokens * sum(inputs**2 for inputs, _ in matrices())
+    return 2 * weights * tokens + (moments if method == "SparseGPT" else 0)
+
+
+def parts(tokens: int, rows: int) -> dict[str, float]:
+    """Seconds of what SparseGPT adds to the model's pass, for all layers, each part alone on inputs of noise."""
+    layers, rng = smollm.Config().layers, np.random.default_rng(0)
     add = jax.jit(lambda total, x: total + solver.gram(x))
     factorize = jax.jit(solver.factorize)
     found = {"second moments": 0.0, "factorising": 0.0, "solving": 0.0}
-    for inputs, outputs in layers:
+    for inputs, outputs in matrices():
         x = jnp.asarray(rng.standard_normal((rows, inputs)), jnp.float32)
         total = jnp.eye(inputs)
         factor = factorize(solver.gram(x))
-        matrices = [jnp.asarray(rng.standard_normal((inputs, n)), jnp.float32) for n in outputs]
+        dense = [jnp.asarray(rng.standard_normal((inputs, n)), jnp.float32) for n in outputs]
         seconds = harness.median_seconds(
             {
                 "second moments": lambda t=total, x=x: add(t, x),
                 "factorising": lambda x=x: factorize(solver.gram(x)),
                 "gram": lambda x=x: solver.gram(x),
-                "solving": lambda m=matrices, f=factor: [solver.obs(w, f, w.size // 2) for w in m],
+                "solving": lambda m=dense, f=factor: [solver.obs(w, f, w.size // 2) for w in m],
             },
             repeats=5,
         )
-        found["second moments"] += c.layers * tokens / rows * seconds["second moments"]
-        found["factorising"] += c.layers * (seconds["factorising"] - seconds["gram"])
-        found["solving"] += c.layers * seconds["solving"]
+        found["second moments"] += layers * tokens / rows * seconds["second moments"]
+        found["factorising"] += layers * (seconds["factorising"] - seconds["gram"])
+        found["solving"] += layers * seconds["solving"]
     return found
 
 

@@ -84,13 +84,16 @@ def dense(w: np.ndarray, kind: str) -> Format:
     return Format(stored(w.T, kind), ways | {f"loop of {n}": loop(n) for n in (1, 4, 8)})
 
 
+def mask_of(w: np.ndarray, sparsity: float | None) -> np.ndarray:
+    """The mask by magnitude, (out, in); None for two of four."""
+    pattern = prunax.patterns.NM(2, 4) if sparsity is None else prunax.patterns.Unstructured()
+    return np.asarray(prunax.compute_masks({"kernel": w}, sparsity, pattern=pattern)["kernel"]).T
+
+
 def pairs(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of every four inputs the two weights of larger magnitude, and their places: both (out, in / 4, 2)."""
-    mask = np.asarray(
-        prunax.compute_masks({"kernel": w}, pattern=prunax.patterns.NM(2, 4))["kernel"]
-    )
     groups = w.T.reshape(w.shape[1], -1, 4)
-    kept = np.argsort(~mask.T.reshape(groups.shape), axis=2, kind="stable")[..., :2]
+    kept = np.argsort(~mask_of(w, None).reshape(groups.shape), axis=2, kind="stable")[..., :2]
     return np.take_along_axis(groups, kept, 2), kept
 
 
@@ -119,7 +122,7 @@ def two_of_four(w: np.ndarray, kind: str) -> Format:
 
 def bitmask(w: np.ndarray, kind: str, sparsity: float) -> Format:
     """The kept weights of each output in a row, as long as the longest, and a bit for each weight."""
-    mask = np.asarray(prunax.compute_masks({"kernel": w}, sparsity)["kernel"]).T
+    mask = mask_of(w, sparsity)
     order = np.argsort(~mask, axis=1, kind="stable")[:, : mask.sum(1).max()]
     values = np.take_along_axis(np.where(mask, w.T, 0), order, 1)
     bits = jnp.asarray(np.packbits(mask, axis=1, bitorder="little"))
@@ -143,9 +146,7 @@ def dense_kernel(w: np.ndarray, kind: str) -> Format:
 
 def masked_kernel(w: np.ndarray, kind: str, sparsity: float | None) -> Format:
     """The kept weights and a bit for each weight, by a kernel outside of XLA; None for two of four."""
-    pattern = prunax.patterns.NM(2, 4) if sparsity is None else prunax.patterns.Unstructured()
-    mask = prunax.compute_masks({"kernel": w}, sparsity, pattern=pattern)["kernel"]
-    mask = np.asarray(mask).T
+    mask = mask_of(w, sparsity)
     v, scale = stored(w.T, kind)
     flat = jnp.pad(v[mask], (0, kernels.PADDING))
     starts = np.cumsum(mask.sum(1)) - mask.sum(1)

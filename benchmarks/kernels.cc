@@ -76,24 +76,20 @@ float DenseRow(const T* w, const float* x, int64_t inputs) {
   return Total(sums);
 }
 
+// The first weights of a register go to where the bits are, the others are zero.
+__m512i Spread(uint64_t bits, __m512i w, int8_t) { return _mm512_maskz_expand_epi8(bits, w); }
+__m512i Spread(uint64_t bits, __m512i w, uint16_t) { return _mm512_maskz_expand_epi16(bits, w); }
+
 // The kept weights of a row go to where the bits of the mask are.
-float MaskedRow(const int8_t* w, const uint8_t* bits, const float* x, int64_t inputs) {
+template <typename T>
+float MaskedRow(const T* w, const uint8_t* bits, const float* x, int64_t inputs) {
+  constexpr int64_t kEach = 64 / sizeof(T);
   __m512 sums[4] = {};
-  for (int64_t i = 0; i < inputs; i += 64) {
-    uint64_t kept;
-    std::memcpy(&kept, bits + i / 8, 8);
-    Multiply(_mm512_maskz_expand_epi8(kept, Load(w)), x + i, sums, int8_t());
+  for (int64_t i = 0; i < inputs; i += kEach) {
+    uint64_t kept = 0;
+    std::memcpy(&kept, bits + i / 8, kEach / 8);
+    Multiply(Spread(kept, Load(w), T()), x + i, sums, T());
     w += _mm_popcnt_u64(kept);
-  }
-  return Total(sums);
-}
-float MaskedRow(const uint16_t* w, const uint8_t* bits, const float* x, int64_t inputs) {
-  __m512 sums[4] = {};
-  for (int64_t i = 0; i < inputs; i += 32) {
-    uint32_t kept;
-    std::memcpy(&kept, bits + i / 8, 4);
-    Multiply(_mm512_maskz_expand_epi16(kept, Load(w)), x + i, sums, uint16_t());
-    w += _mm_popcnt_u32(kept);
   }
   return Total(sums);
 }

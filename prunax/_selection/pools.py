@@ -176,13 +176,13 @@ def _thresholds(
     xp, fetch = (np, jax.device_get) if on_host else (jnp, lambda x: x)
     crowded = sum(leaf.size for leaf in leaves if leaf.crowded)
     if 2 * crowded > sum(leaf.size for leaf in leaves) and all(leaf.tie_rows for leaf in leaves):
-        asked = fetch(_pairs(threshold, share))
+        asked = fetch(_table(threshold, share))
         cuts = [
             cut_ties(leaf, score, asked, _pair(n))
             for n, (leaf, score) in enumerate(zip(leaves, scores, strict=True))
         ]
         cuts = jax.device_get(cuts) if on_host else [_meshes.move_to(c, home) for c in cuts]
-        return fetch(_pairs(threshold, xp.stack(cuts)))
+        return fetch(_table(threshold, xp.stack(cuts)))
     column = fetch(threshold)
 
     def of_ties(pivots: Array, asked: Sequence[int]) -> list[Number]:
@@ -322,10 +322,10 @@ def _pair(n: int) -> np.ndarray:
 
 
 @jax.jit
-def _pairs(threshold: Array, other: Array) -> Array:
+def _table(threshold: Array, other: Array) -> Array:
     return jnp.stack([threshold, other.astype(threshold.dtype)], axis=1)
 
 
 @jax.jit
 def _cuts(threshold: Array, share: Number, bracket: Bracket) -> Array:
-    return _pairs(threshold, cut(bracket, share))
+    return _table(threshold, cut(bracket, share))
